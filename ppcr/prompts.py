@@ -1,0 +1,191 @@
+"""The two prompts of PPCR and the conversation that produces them.
+
+Stage 1 answers with the *Semantic Segmentation Prompt*, stage 2 goes on in the same conversation with the
+*Spatial Segmentation Prompt*. Both are plain text of the MLLM's vocabulary, so that any engine that
+returns text can serve them and a person can read and edit them.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+
+from ppcr.errors import ExpressionError, UsageError
+
+MAX_TARGETS = 6
+LOCATION_BINS = 1000
+LOCATIONS_PER_INSTANCE = 6
+ANY = "any"
+SEPARATOR = ";"
+COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six")
+
+IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = (
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+SPATIAL_REQUEST = "locate"
+"""What the user turn of stage 2 says."""
+
+
+def location_token(index: int) -> str:
+    """Text of location token ``index`` in 0..999."""
+    return f"<|loc_{index:03d}|>"
+
+
+@dataclass(frozen=True)
+class SemanticPrompt:
+    """What the target is.
+
+    Attributes:
+        category: shape or object noun; ``"object"`` where the expression names none.
+        attributes: canonical attributes ("large red metal", "not blue"); empty for none.
+        relation: canonical relation to landmarks or an order ("left of green cube", "leftmost",
+            "second from left"); empty for none.
+        count: number of targets, 0 (no target) to 6.
+    """
+
+    category: str
+    attributes: str = ""
+    relation: str = ""
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.count <= MAX_TARGETS:
+            raise UsageError(f"a semantic prompt counts 0 to {MAX_TARGETS} targets, not {self.count}")
+        for name, value in (("category", self.category), ("attributes", self.attributes), ("relation", self.relation)):
+            if SEPARATOR in value:
+                raise UsageError(f"the {name} of a semantic prompt cannot contain {SEPARATOR!r}: {value!r}")
+
+    @property
+    def text(self) -> str:
+        """``category; attributes; relation; count`` with ``any`` for an empty field."""
+        fields = (self.category or "object", self.attributes or ANY, self.relation or ANY, COUNT_WORDS[self.count])
+        return f"{SEPARATOR} ".join(fields)
+
+    @property
+    def is_none(self) -> bool:
+        """True when the answer is that nothing in the image fits the expression."""
+        return self.count == 0
+
+    @classmethod
+    def parse(cls, text: str) -> SemanticPrompt:
+        """Read ``category; attributes; relation; count`` (count as a word or a number).
+
+        Raises:
+            UsageError: the text is not of that form; the message shows the form.
+        """
+        fields = [" ".join(part.split()) for part in text.split(SEPARATOR)]
+        if len(fields) != 4 or not fields[0]:
+            raise UsageError(
+                f"cannot read the semantic prompt {text[:80]!r}: write 'category; attributes; relation; count', "
+                "for example 'sphere; red metal; left of green cube; one'"
+            )
+        word = fields[3].lower()
+        if word in COUNT_WORDS:
+            count = COUNT_WORDS.index(word)
+        elif re.fullmatch(r"[0-9]", word) and int(word) <= MAX_TARGETS:
+            count = int(word)
+        else:
+            raise UsageError(
+                f"the count of a semantic prompt is one of {', '.join(COUNT_WORDS)} or 0 to {MAX_TARGETS}, "
+                f"not {fields[3][:20]!r}"
+            )
+        category, attributes, relation = (("" if f in (ANY, "-") else f) for f in fields[:3])
+        return cls(category or "object", attributes, relation, count)
+
+
+@dataclass(frozen=True)
+class SpatialPrompt:
+    """Where the targets are.
+
+    Attributes:
+        boxes: float32 [K, 4], xyxy in 0..1 of the image's width and height.
+        points: float32 [K, 2], an interior point xy of each instance, in 0..1.
+    """
+
+    boxes: np.ndarray
+    points: np.ndarray
+
+    @property
+    def count(self) -> int:
+        return int(self.boxes.shape[0])
+
+    @property
+    def locations(self) -> np.ndarray:
+        """int64 [K, 6] location indices 0..999: point x, y, then box x1, y1, x2, y2."""
+        values = np.concatenate([self.points, self.boxes], axis=1).reshape(-1, LOCATIONS_PER_INSTANCE)
+        return np.clip((values * LOCATION_BINS).astype(np.int64), 0, LOCATION_BINS - 1)
+
+    @property
+    def text(self) -> str:
+        return "".join(location_token(int(i)) for i in self.locations.reshape(-1))
+
+    @classmethod
+    def from_locations(cls, locations: np.ndarray) -> SpatialPrompt:
+        """From int [6K] location indices, as generated: bin centres, box corners put in order."""
+        values = ((np.asarray(locations, np.float32) + 0.5) / LOCATION_BINS).reshape(-1, LOCATIONS_PER_INSTANCE)
+        low = np.minimum(values[:, 2:4], values[:, 4:6])
+        high = np.maximum(values[:, 2:4], values[:, 4:6])
+        return cls(np.concatenate([low, high], axis=1), values[:, :2].copy())
+
+    @classmethod
+    def empty(cls) -> SpatialPrompt:
+        return cls(np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32))
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The fixed texts around image, expression and answers.
+
+    ``ruler`` location tokens open the system turn: their positions repeat the column (and row) spacing of
+    the image tokens under multimodal rotary positions, which gives image tokens an absolute place to look up.
+    """
+
+    ruler: int = 8
+
+    @property
+    def before_image(self) -> str:
+        spaced = (int((i + 0.5) * LOCATION_BINS / self.ruler) for i in range(self.ruler))
+        marks = "".join(location_token(i) for i in spaced)
+        return f"{IM_START}system\n{marks}{IM_END}\n{IM_START}user\n{VISION_START}"
+
+    @property
+    def after_image(self) -> str:
+        return VISION_END
+
+    @property
+    def after_expression(self) -> str:
+        return f"{IM_END}\n{IM_START}assistant\n"
+
+    @property
+    def between_stages(self) -> str:
+        return f"{IM_END}\n{IM_START}user\n{SPATIAL_REQUEST}{IM_END}\n{IM_START}assistant\n"
+
+
+def clean_expression(text: str, *, lowercase: bool = True, max_characters: int = 1000) -> str:
+    """An expression as the tokenizer gets it: NFC, control characters dropped, white space collapsed.
+
+    Text that looks like a special token (``<|im_end|>``) is broken up, so that an expression can never
+    speak for the conversation.
+
+    Raises:
+        ExpressionError: nothing is left, or more than ``max_characters`` were given.
+    """
+    if len(text) > max_characters:
+        raise ExpressionError(
+            f"the expression has {len(text)} characters, the limit is {max_characters}: shorten it to one phrase"
+        )
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") else c for c in text)
+    text = " ".join(text.replace("<|", "< |").split())
+    if not text:
+        raise ExpressionError("the expression is empty: say what to segment, for example 'the red cube'")
+    return text.lower() if lowercase else text

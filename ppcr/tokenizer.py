@@ -1,0 +1,147 @@
+"""The prompt MLLM's tokenizer without torch or transformers: ids, answers and the constraints of both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from ppcr.constraint import Choice, Constraint, Free
+from ppcr.errors import BundleError, ExpressionError
+from ppcr.prompts import (
+    COUNT_WORDS,
+    IMAGE_PAD,
+    LOCATION_BINS,
+    LOCATIONS_PER_INSTANCE,
+    SEPARATOR,
+    SPECIAL_TOKENS,
+    Conversation,
+    SemanticPrompt,
+    SpatialPrompt,
+    clean_expression,
+    location_token,
+)
+
+CATEGORY_TOKENS, ATTRIBUTE_TOKENS, RELATION_TOKENS = 4, 8, 24
+"""Longest answer of each free field of the semantic prompt, in tokens."""
+
+
+class PromptTokenizer:
+    """Token ids of the conversation, and what each stage may answer.
+
+    Args:
+        tokenizer: a byte-level BPE with the Qwen special tokens and ``<|loc_000|>`` to ``<|loc_999|>``.
+        conversation: the fixed texts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, conversation: Conversation | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.conversation = conversation or Conversation()
+        first = tokenizer.token_to_id(location_token(0))
+        last = tokenizer.token_to_id(location_token(LOCATION_BINS - 1))
+        if first is None or last != first + LOCATION_BINS - 1 or self._id(IMAGE_PAD) is None:
+            raise BundleError("this tokenizer.json has no location tokens: use the one written beside the checkpoint")
+        self.first_location = int(first)
+
+    @classmethod
+    def load(cls, path: Path, conversation: Conversation | None = None) -> PromptTokenizer:
+        """Read ``tokenizer.json``.
+
+        Raises:
+            BundleError: missing, unreadable or without location tokens.
+        """
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"cannot read {path}: {error}; build or fetch the bundle again") from None
+        return cls(tokenizer, conversation)
+
+    def _id(self, token: str) -> int:
+        return self.tokenizer.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def image_token(self) -> int:
+        return self._id(IMAGE_PAD)
+
+    @cached_property
+    def before_image(self) -> list[int]:
+        return self.encode(self.conversation.before_image)
+
+    @cached_property
+    def after_image(self) -> list[int]:
+        return self.encode(self.conversation.after_image)
+
+    @cached_property
+    def after_expression(self) -> list[int]:
+        return self.encode(self.conversation.after_expression)
+
+    @cached_property
+    def between_stages(self) -> list[int]:
+        return self.encode(self.conversation.between_stages)
+
+    def prefix(self, image_tokens: int) -> list[int]:
+        """Ids shared by every expression of one image: system turn, image, up to the expression."""
+        return self.before_image + [self.image_token] * image_tokens + self.after_image
+
+    def expression(self, text: str, *, max_tokens: int = 96) -> list[int]:
+        """Ids of one cleaned expression and the opening of the answer.
+
+        Raises:
+            ExpressionError: empty, or longer than ``max_tokens`` tokens.
+        """
+        ids = self.encode(clean_expression(text))
+        if len(ids) > max_tokens:
+            raise ExpressionError(
+                f"the expression takes {len(ids)} tokens, this bundle reads at most {max_tokens}: shorten it"
+            )
+        return ids + self.after_expression
+
+    @cached_property
+    def text_tokens(self) -> tuple[int, ...]:
+        """Ids a free field may use: every token but special ones, locations and the separator."""
+        special = {self._id(t) for t in SPECIAL_TOKENS} | {self.separator}
+        locations = range(self.first_location, self.first_location + LOCATION_BINS)
+        used = set(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        return tuple(sorted(i for i in used if i not in special and i not in locations))
+
+    @cached_property
+    def separator(self) -> int:
+        return self._id(SEPARATOR)
+
+    @cached_property
+    def count_tokens(self) -> tuple[int, ...]:
+        """Ids of `` none``, `` one``, … `` six`` in that order: one token each."""
+        ids = [self.encode(f" {word}") for word in COUNT_WORDS]
+        if any(len(i) != 1 for i in ids):
+            raise BundleError("this tokenizer.json splits the count words: use the one written beside the checkpoint")
+        return tuple(i[0] for i in ids)
+
+    @cached_property
+    def semantic_constraint(self) -> Constraint:
+        """``category; attributes; relation; count``."""
+        lengths = (CATEGORY_TOKENS, ATTRIBUTE_TOKENS, RELATION_TOKENS)
+        fields = tuple(Free(self.text_tokens, self.separator, n) for n in lengths)
+        return Constraint((*fields, Choice(self.count_tokens)))
+
+    def spatial_constraint(self, count: int) -> Constraint:
+        """Six location tokens for each of ``count`` instances."""
+        choice = Choice(tuple(range(self.first_location, self.first_location + LOCATION_BINS)))
+        return Constraint((choice,) * (LOCATIONS_PER_INSTANCE * count))
+
+    def semantic(self, ids: Sequence[int]) -> SemanticPrompt:
+        return SemanticPrompt.parse(self.decode(ids))
+
+    def spatial(self, ids: Sequence[int]) -> SpatialPrompt:
+        return SpatialPrompt.from_locations(np.asarray(ids, np.int64) - self.first_location)
+
+    def spatial_ids(self, prompt: SpatialPrompt) -> list[int]:
+        return [int(i) + self.first_location for i in prompt.locations.reshape(-1)]
