@@ -1,0 +1,1 @@
+"""Torch reference of the method's stages: the segmenter's encoders and decoder, and the prompt MLLM around it."""
