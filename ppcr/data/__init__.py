@@ -1,0 +1,1 @@
+"""Rendered table-top scenes: scene graphs, the batched renderer, referring expressions and dataset readers."""
