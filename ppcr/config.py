@@ -1,0 +1,118 @@
+"""config.json of a checkpoint: which prompts, which frames, which families."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from ppcr.errors import CheckpointError
+
+FORMAT = 1
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class MLLMConfig:
+    """How the MLLM is spoken to.
+
+    Attributes:
+        family: architecture, as ``model_type`` of its Hugging Face configuration.
+        image_size: height and width in pixels an image is stretched to.
+        patch, merge, temporal: patch side in pixels, patches merged along a side, frames a patch spans.
+        mean, std: per channel, for pixel values in 0..1.
+        ruler: location tokens that open the system turn.
+        max_expression_tokens: longest expression.
+        max_length: tokens of both turns together, image tokens included: the static KV cache's length.
+    """
+
+    family: str = "qwen2_5_vl"
+    image_size: tuple[int, int] = (128, 128)
+    patch: int = 8
+    merge: int = 2
+    temporal: int = 2
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    ruler: int = 8
+    max_expression_tokens: int = 96
+    max_length: int = 384
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image tokens."""
+        side = self.patch * self.merge
+        return self.image_size[0] // side, self.image_size[1] // side
+
+    @property
+    def image_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """How the segmenter is fed: height and width, and normalisation of pixel values in 0..1."""
+
+    family: str = "ppcr_tiny"
+    image_size: tuple[int, int] = (256, 256)
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+
+
+@dataclass(frozen=True)
+class PPCRConfig:
+    """A whole checkpoint.
+
+    Attributes:
+        box_convention: ``loc1000``: boxes and points are location tokens, thousandths of width and height.
+    """
+
+    name: str = "ppcr-tiny"
+    format: int = FORMAT
+    box_convention: str = "loc1000"
+    mllm: MLLMConfig = field(default_factory=MLLMConfig)
+    segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            CheckpointError: of another format, or fields are missing or unknown.
+        """
+        if data.get("format") != FORMAT:
+            raise CheckpointError(
+                f"this checkpoint has format {data.get('format')!r}, this version of ppcr reads {FORMAT}: "
+                "install the ppcr that wrote it, or train or compose the checkpoint again"
+            )
+        try:
+            parts = {"mllm": _read(MLLMConfig, data["mllm"]), "segmenter": _read(SegmenterConfig, data["segmenter"])}
+            return cls(**{**data, **parts})
+        except (TypeError, KeyError) as error:
+            raise CheckpointError(f"config.json of the checkpoint does not fit this version of ppcr: {error}") from None
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Self:
+        """Read ``checkpoint/config.json``."""
+        path = checkpoint / "config.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{checkpoint} is not a checkpoint: it has no config.json (expected config.json, mllm/, segmenter/)"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from None
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{path} is not a JSON object")
+        return cls.from_dict(data)
+
+
+def _read(kind: type[_T], data: dict[str, Any]) -> _T:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    return kind(**values)

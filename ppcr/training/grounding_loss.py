@@ -1,0 +1,119 @@
+"""Losses of the prompt MLLM: next token, soft locations, and two training-only supervisors.
+
+Both supervisors are small heads that are thrown away after training; the checkpoint stays a stock Qwen2.5-VL.
+``ObjectHead`` makes image tokens say what stands in their cell (every object of every image is a label),
+``PointingHead`` makes answer tokens point at the cells of targets and landmarks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZES
+from ppcr.prompts import LOCATION_BINS
+
+CLASS_SIZES = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES))
+
+
+def _cells(points: Tensor, grid: int) -> Tensor:
+    """int64 [..]: cell index of each point xy in 0..1."""
+    place = (points * grid).long().clamp_(0, grid - 1)
+    return place[..., 1] * grid + place[..., 0]
+
+
+class ObjectHead(nn.Module):
+    """Reads each image token: is an object's centre in this cell, which, and how far do its sides reach.
+
+    Args:
+        width: channels of an image token.
+        grid: cells along one side.
+        slots: objects one cell can hold; a cell's objects fill its slots in their order.
+    """
+
+    def __init__(self, width: int, grid: int, slots: int = 2) -> None:
+        super().__init__()
+        self.grid, self.slots = grid, slots
+        self.sizes = (1, *CLASS_SIZES, 6)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, slots * sum(self.sizes))
+
+    def forward(self, features: Tensor, boxes: Tensor, points: Tensor, classes: Tensor, present: Tensor) -> dict[str, Tensor]:
+        """Loss terms.
+
+        Args:
+            features: [B, grid*grid, width].
+            boxes: [B, N, 4] xyxy 0..1 and points [B, N, 2] of the visible masks.
+            classes: int64 [B, N, 4] shape, colour, material, size.
+            present: bool [B, N].
+        """
+        batch, count = present.shape
+        cells = _cells((boxes[..., :2] + boxes[..., 2:]) / 2, self.grid)
+        same = (cells[:, :, None] == cells[:, None, :]) & present[:, None, :]
+        slot = torch.tril(same, -1).sum(-1)
+        keep = present & (slot < self.slots)
+        out = self.out(self.norm(features)).float().view(batch, -1, self.slots, sum(self.sizes))
+        objectness = torch.zeros(out.shape[:3], device=out.device)
+        scene = torch.arange(batch, device=out.device)[:, None].expand(-1, count)
+        at = (scene[keep], cells[keep], slot[keep])
+        objectness[at] = 1.0
+        chosen = out[at].split(self.sizes, -1)
+        loss_object = F.binary_cross_entropy_with_logits(out[..., 0], objectness, reduction="sum") / keep.sum()
+        terms = [F.cross_entropy(chosen[1 + i], classes[keep][:, i]) for i in range(len(CLASS_SIZES))]
+        centre = (torch.stack([cells % self.grid, cells // self.grid], -1) + 0.5) / self.grid
+        sides = torch.cat([points - centre, boxes[..., :2] - centre, boxes[..., 2:] - centre], -1)[keep] * self.grid
+        loss_box = F.smooth_l1_loss(chosen[-1], sides, beta=0.1)
+        with torch.no_grad():
+            right = torch.stack([chosen[1 + i].argmax(-1) == classes[keep][:, i] for i in range(len(CLASS_SIZES))])
+            found = ((out[..., 0] > 0) & (objectness > 0)).sum() / keep.sum()
+        return {
+            "look": loss_object * 0.5 + sum(terms) + 2.0 * loss_box,
+            "seen": right.all(0).float().mean(),
+            "found": found,
+            "side": loss_box.detach(),
+        }
+
+
+class PointingHead(nn.Module):
+    """Answer tokens choose cells by dot product; one more choice stands for "nothing there"."""
+
+    def __init__(self, width: int, grid: int, channels: int = 128) -> None:
+        super().__init__()
+        self.grid = grid
+        self.query = nn.Linear(width, 2 * channels)
+        self.key = nn.Linear(width, 2 * channels)
+        self.nothing = nn.Parameter(torch.zeros(2, channels))
+        self.channels = channels
+
+    def forward(
+        self, answers: Tensor, scene: Tensor, image: Tensor, centres: Tensor, wanted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and share of answers whose first choice is right.
+
+        Args:
+            answers: [M, width] hidden states; scene: int64 [M], the image each belongs to.
+            image: [B, grid*grid, width] hidden states of image tokens.
+            centres: [B, N, 2] object centres; wanted: bool [M, 2, N] targets and landmarks.
+        """
+        rows = answers.shape[0]
+        query = self.query(answers).float().view(rows, 2, self.channels)
+        key = self.key(image).float().view(*image.shape[:2], 2, self.channels)[scene]
+        logits = torch.einsum("mhc,mphc->mhp", query, key)
+        logits = torch.cat([logits, torch.einsum("mhc,hc->mh", query, self.nothing)[..., None]], -1)
+        logits = logits / self.channels**0.5
+        cells = _cells(centres, self.grid)[scene]  # [M, N]
+        target = torch.zeros_like(logits)
+        target.scatter_(-1, cells[:, None].expand(-1, 2, -1), wanted.float(), reduce="add")
+        target[..., -1] = (~wanted.any(-1)).float()
+        target = target.clamp_(max=1.0)
+        target = target / target.sum(-1, keepdim=True)
+        loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
+        right = target.gather(-1, logits.argmax(-1, keepdim=True)).gt(0)[:, 0].float().mean()
+        return loss, right
+
+
+def location_targets(values: Tensor, sigma: float) -> Tensor:
+    """[M, 1000] soft targets: a Gaussian of ``sigma`` bins around each value in 0..1."""
+    bins = (torch.arange(LOCATION_BINS, device=values.device) + 0.5) / LOCATION_BINS
+    return torch.softmax(-0.5 * ((bins - values[:, None]) * LOCATION_BINS / sigma) ** 2, -1)

@@ -1,0 +1,97 @@
+"""Training batches of the prompt MLLM: seeds in, packed conversations and rendered images out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ppcr.data.expressions import sample_expressions
+from ppcr.data.graph import SceneGraph, sample_scene
+from ppcr.data.render import render
+from ppcr.training.packing import Packer, attention_mask, stack
+
+OBJECTS = 14
+IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+
+@dataclass
+class Scenes:
+    """Rendered side of a batch, on the training device.
+
+    patches [B, n, 384] float32; boxes [B, 14, 4], points [B, 14, 2] in 0..1; classes int64 [B, 14, 4];
+    present bool [B, 14]. Objects are in the order of the graph.
+    """
+
+    patches: Tensor
+    boxes: Tensor
+    points: Tensor
+    classes: Tensor
+    present: Tensor
+
+
+def patchify(images: Tensor, patch: int, merge: int) -> Tensor:
+    """Patches [B, n, 3*2*patch*patch] of normalised images [B, 3, S, S]; the torch twin of ``ppcr.images.patchify``."""
+    batch, channels, size, _ = images.shape
+    blocks = size // patch // merge
+    x = images.view(batch, channels, blocks, merge, patch, blocks, merge, patch)
+    x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, -1, channels, 1, patch, patch)
+    return x.expand(-1, -1, -1, 2, -1, -1).reshape(batch, x.shape[1], -1)
+
+
+def draw(graphs: list[SceneGraph], size: int, patch: int, merge: int, device: torch.device | str) -> Scenes:
+    """Render scenes and pad their labels to OBJECTS."""
+    rendered = render(graphs, size, device)
+    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    patches = patchify((rendered.image - mean) / std, patch, merge)
+    batch, count = rendered.present.shape
+
+    def pad(values: Tensor) -> Tensor:
+        out = values.new_zeros((batch, OBJECTS, *values.shape[2:]))
+        out[:, :count] = values
+        return out
+
+    classes = torch.zeros((batch, OBJECTS, 4), dtype=torch.int64)
+    for i, graph in enumerate(graphs):
+        classes[i, : len(graph)] = torch.from_numpy(
+            np.stack([graph.shape, graph.color, graph.material, graph.size], 1)
+        )
+    return Scenes(patches, pad(rendered.boxes), pad(rendered.points), classes.to(device), pad(rendered.present))
+
+
+class Conversations(IterableDataset[dict[str, Any]]):
+    """Endless batches of packed conversations, from step ``start`` on; a step's batch depends on the seed alone.
+
+    ``level(step)`` gives the grammar's difficulty. ``render_here`` renders in the loading process (CPU
+    training); otherwise the graphs travel and the training process renders on its device.
+    """
+
+    def __init__(self, packer: Packer, *, batch: int, seed: int, start: int, level: Any, render_here: Any) -> None:
+        self.packer, self.batch, self.seed, self.start = packer, batch, seed, start
+        self.level, self.render_here = level, render_here
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        torch.set_num_threads(1)
+        info = torch.utils.data.get_worker_info()
+        step, stride = (self.start, 1) if info is None else (self.start + info.id, info.num_workers)
+        while True:
+            yield self.make(step)
+            step += stride
+
+    def make(self, step: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.seed, step))
+        graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch)]
+        level = int(self.level.value)
+        packs = [
+            self.packer.pack(sample_expressions(g, self.packer.conversations, rng, level)) for g in graphs
+        ]
+        arrays = stack(packs)
+        out: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items()}
+        out["mask"] = torch.from_numpy(attention_mask(arrays["segment"]))
+        out["scenes"] = draw(graphs, *self.render_here) if self.render_here else graphs
+        return out
