@@ -1,0 +1,114 @@
+"""What an installed copy holds: every package, the shipped checkpoint and samples, and nothing heavy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("ppcr", "export", "kernels", "runtime", "benchmarks")
+HEAVY = {"torch", "transformers", "onnx", "onnxscript", "matplotlib", "triton", "pytest"}
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def shipped_files() -> set[str]:
+    """Every file of the packages that an installed copy must hold, as posix paths from the root."""
+    sources = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    assets = (path for path in (ROOT / "ppcr" / "assets").rglob("*") if path.is_file())
+    return {
+        path.relative_to(ROOT).as_posix() for path in (*sources, *assets) if "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel of a copy of the sources (so that no build folder is left in the tree), built offline."""
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed, and a wheel is built here without a network")
+    version = tuple(int(part) for part in importlib.metadata.version("setuptools").split(".")[:1])
+    if version < (77,):
+        pytest.skip(f"setuptools {version[0]} does not read the licence of pyproject.toml (77 does)")
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in (*PACKAGES, "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    run = subprocess.run([*pip, "-w", "out", "."], cwd=source, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    (built,) = (source / "out").glob("ppcr-*.whl")
+    return built
+
+
+def test_every_folder_of_modules_is_a_package() -> None:
+    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assert [folder for folder in sorted(folders) if not (folder / "__init__.py").is_file()] == []
+
+
+def test_wheel_holds_packages_checkpoint_and_samples(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == shipped_files()
+    for name in ("config.json", "MODEL_CARD.md", "mllm/config.json", "segmenter/model.safetensors"):
+        assert f"ppcr/assets/ppcr-tiny/{name}" in names
+    assert "ppcr/assets/samples/samples.json" in names
+
+
+def test_wheel_carries_licence_and_command(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    texts = {name.partition(".dist-info/")[2]: name for name in archive.namelist() if ".dist-info/" in name}
+    assert "Apache License" in archive.read(texts["licenses/LICENSE"]).decode()
+    assert "ppcr = ppcr.cli:main" in archive.read(texts["entry_points.txt"]).decode()
+    metadata = archive.read(texts["METADATA"]).decode()
+    required = re.findall(r"^Requires-Dist: ([\w-]+)(?!.*extra ==)", metadata, re.M)
+    assert required
+    assert not {name.lower() for name in required} & HEAVY
+
+
+def test_installed_copy_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (
+        f"import sys\nfor name in {sorted(HEAVY)}: sys.modules[name] = None\n"
+        "import runtime.pipeline, ppcr.cli\nprint(runtime.pipeline.__file__)\n"
+        "raise SystemExit(ppcr.cli.main(['infer', '--help']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert Path(run.stdout.splitlines()[0]).is_relative_to(site)
+    assert "usage: ppcr infer" in run.stdout
+
+
+def test_base_dependencies_are_the_runtime_alone(project: dict[str, Any]) -> None:
+    base = {re.match(r"[\w-]+", line)[0].lower() for line in project["project"]["dependencies"]}  # type: ignore[index]
+    assert not base & HEAVY
+    assert {"numpy", "pillow", "onnxruntime", "safetensors", "tokenizers"} <= base
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range(project: dict[str, Any]) -> None:
+    requirements = pytest.importorskip("packaging.requirements")
+    lines = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    extras = project["project"]["optional-dependencies"]
+    listed = [*project["project"]["dependencies"], *extras["export"], *extras["train"], *extras["dev"]]
+    for requirement in map(requirements.Requirement, listed):
+        if requirement.name != "ppcr":
+            assert requirement.specifier.contains(pins[requirement.name.lower()]), str(requirement)
