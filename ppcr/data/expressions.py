@@ -106,12 +106,11 @@ def sample_expressions(
     sampler = _Sampler(graph, Dice(int(rng.integers(1 << 62))))
     found: list[Expression] = []
     texts: set[str] = set()
-    repeats = 0
-    while len(found) < count:
-        expression = sampler.draw(MIX[level])
-        if expression.text in texts and repeats < count + 10:
-            repeats += 1
-            continue
+    for _ in range(count):
+        for _ in range(_ATTEMPTS):
+            expression = sampler.draw(MIX[level])
+            if expression.text not in texts:
+                break
         texts.add(expression.text)
         found.append(expression)
     return found
@@ -301,7 +300,7 @@ class _Sampler:
             return None
         value = words[self.dice.pick(rivals)][name]
         phrase = replace(self._phrase(target, subset), **{name: f"not {value}"})
-        return Query(phrase, plural=self.relations.described(phrase).bit_count() > 1 or self.dice.chance(0.2))
+        return Query(phrase, plural=(self.relations.described(phrase) or 0).bit_count() > 1 or self.dice.chance(0.2))
 
     def _two_hop(self) -> Query | None:
         """The landmark is itself found by a relation (or, now and then, a superlative)."""
@@ -355,7 +354,7 @@ class _Sampler:
             phrase = Phrase(color=dice.pick(COLORS)) if dice.chance(0.4) else Phrase(shape=dice.pick(SHAPES))
         if self.graph.split != "compositional" and (phrase.color, phrase.shape) in HELD_OUT_PAIRS:
             return None  # naming a pair that never appears would teach that it never appears
-        return None if relations.described(phrase) else phrase
+        return phrase if relations.described(phrase) == 0 else None
 
     def _false_attribute(self) -> Query | None:
         phrase = self._absent()

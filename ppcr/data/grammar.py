@@ -132,8 +132,10 @@ class Dice:
 
 
 def canonical_phrase(phrase: Phrase) -> str:
-    """The phrase as a semantic prompt names a landmark: "large red metal sphere left of blue cube"."""
-    words = (phrase.size, phrase.color, phrase.material, phrase.shape or "object", canonical_relation(phrase))
+    """The phrase as a semantic prompt names a landmark: "large red sphere left of blue cube", "leftmost red cube"."""
+    relation = canonical_relation(phrase)
+    before, after = (relation, "") if phrase.relation in SUPERLATIVES else ("", relation)
+    words = (before, phrase.size, phrase.color, phrase.material, phrase.shape or "object", after)
     return " ".join(word for word in words if word)
 
 
@@ -200,6 +202,7 @@ class _Parts:
                 clauses.append((surface, False))
             else:
                 before.append(surface)
+        clauses.sort(key=lambda clause: clause[0].startswith("not "))  # "not red and shiny" could negate both
         definite = False
         suffix = ""
         name = phrase.relation

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZES, SceneGraph
+from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZE_RADIUS, SIZES, SceneGraph
 
 FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("size", SIZES),
@@ -85,6 +85,8 @@ class Margins:
     """between: a "yes" projects at least this far from both ends, and lies this near the line (in lengths)."""
     between_outside: tuple[float, float] = (0.05, 0.5)
     """between: a "no" projects nearer an end than this, or lies farther from the line than this (in lengths)."""
+    size: float = 0.15
+    """size words: an object this far (in log radius) from its size's usual radius cannot be told by its size."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,13 @@ class Relations:
         columns = [[values[v] for v in getattr(self.graph, name).tolist()] for name, values in FIELDS]
         names = [name for name, _ in FIELDS]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+    @cached_property
+    def odd_sized(self) -> int:
+        """Objects whose size word is disputable: a crowded table shrinks everything."""
+        usual = np.asarray(SIZE_RADIUS)[self.graph.size]
+        odd = np.abs(np.log(self.graph.radius / usual)) > self.margins.size
+        return int(odd @ (1 << np.arange(len(odd), dtype=np.int64)))
 
     @cached_property
     def axis(self) -> dict[str, tuple[list[int], list[int]]]:
@@ -209,9 +218,11 @@ class Relations:
         return yes, doubtful
 
     def described(self, phrase: Phrase) -> int | None:
-        """Objects with the phrase's properties, its relation aside."""
+        """Objects with the phrase's properties, its relation aside; None where a size is disputable."""
         bits = self.everything
-        for word in (phrase.size, phrase.color, phrase.material, phrase.shape):
+        for word in (phrase.color, phrase.material, phrase.shape, phrase.size):
+            if word and word is phrase.size and bits & self.odd_sized:
+                return None
             if word:
                 bits &= ~self.having[word[4:]] if word.startswith("not ") else self.having[word]
         return bits
