@@ -268,7 +268,7 @@ def _sample_light(uniform: _Uniform) -> list[float]:
         math.sin(height),
     ]
     warmth = uniform(-0.05, 0.05)
-    return [*direction, uniform(0.34, 0.5), uniform(0.85, 1.15), 1.0 + warmth, 1.0, 1.0 - warmth]
+    return [*direction, uniform(0.36, 0.5), uniform(0.92, 1.2), 1.0 + warmth, 1.0, 1.0 - warmth]
 
 
 def _sample_background(uniform: _Uniform) -> list[float]:

@@ -192,10 +192,9 @@ def _draw_objects(objects: _Objects, batch: int, size: int, device: torch.device
         step = ((depth + 2.0) * (DEPTH_STEPS / 3.0)).to(torch.int32)
         depth_keys.append(torch.where(hit, (step << SLOT_BITS) + (slot + 1).to(torch.int32), 0).flatten())
         pixels.append(((scene * fine + row) * fine + column).flatten())
-        word = torch.ones_like(pixels[-1]).view_as(glow)
+        word = torch.ones_like(column * row)
         for channel in (blue, green, red):
-            level = (channel * glow + shine).clamp_(0.0, 1.0).mul_(1023.0).add_(0.5).to(torch.int64)
-            word = word * 4096 + level if channel is not blue else (word << 12) + level
+            word = (word << 12) + (channel * glow + shine).clamp_(0.0, 1.0).mul_(1023.0).add_(0.5).to(torch.int64)
         packed.append(word.flatten())
     key, pixel, word = torch.cat(depth_keys), torch.cat(pixels), torch.cat(packed)
     nearest = torch.zeros(batch * fine * fine, dtype=torch.int32, device=device)
@@ -319,16 +318,21 @@ def _shade(
 ) -> tuple[Tensor, Tensor]:
     """How much of its own colour a surface shows, and how much white on top, each f32[m, h, w]."""
     facing, lit = _dot(normal, toward), _dot(normal, light)
-    mirror_z = 2.0 * facing * normal[2] - SIN
-    highlight = (2.0 * facing * lit - _dot(toward, light)).clamp_(min=0.0)
+    mirror_x, mirror_y, mirror_z = (2.0 * facing * n - c for n, c in zip(normal, toward, strict=True))
+    highlight = (mirror_x * light[0] + mirror_y * light[1] + mirror_z * light[2]).clamp_(min=0.0)
     contact = 0.72 + 0.28 * _ramp(height, 0.0, 0.45)
     matte = (ambient * (0.8 + 0.25 * normal[2]) + (1.08 - ambient) * lit.clamp(min=0.0)) * contact
-    # A studio around the metal: dark floor, sharp horizon, bright sky; the height term gives flat faces a gradient.
-    sky = mirror_z + 0.45 * (height - 0.85)
-    studio = 0.22 + 0.30 * _ramp(sky, -1.0, -0.1) + 0.75 * _ramp(sky, -0.12, 0.10) - 0.35 * _ramp(sky, 0.15, 0.8)
+    # A studio around the metal: dark floor, sharp horizon, bright sky; the height term gives upright faces, which
+    # mirror one direction only, the same gradient.
+    sky = 0.65 * mirror_z + 0.85 * (height - 0.62)
+    studio = 0.30 + 0.22 * _ramp(sky, -1.0, -0.1) + 0.62 * _ramp(sky, -0.10, 0.08) - 0.32 * _ramp(sky, 0.12, 0.75)
+    # A tall lamp behind the light draws an upright streak on round sides.
+    flat = torch.rsqrt((mirror_x * mirror_x + mirror_y * mirror_y + 1e-4) * (1.0 - light[2] * light[2]))
+    streak = _ramp((mirror_x * light[0] + mirror_y * light[1]) * flat, 0.88, 1.0) * (1.0 - normal[2])
     tight = highlight**4
     tight = tight * tight
-    gloss = 0.9 * tight * tight * tight + 0.35 * _ramp(sky, -0.05, 0.10) * (1.0 - _ramp(sky, 0.10, 0.45))
+    band = _ramp(sky, -0.04, 0.08) * (1.0 - _ramp(sky, 0.08, 0.40))
+    gloss = 0.9 * tight * tight * tight + 0.30 * band + 0.28 * streak
     return matte + metal * (studio - matte), metal * gloss + (1.0 - metal) * 0.06 * tight
 
 
