@@ -1,0 +1,243 @@
+"""manifest.json of a bundle: what is in it, where it came from, and how well it agrees with the reference.
+
+Needs the standard library alone, so that the runtime can check a bundle before any engine is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ppcr import __version__
+from ppcr.errors import BundleError
+from ppcr.files import sha256_file, write_json
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+PREPROCESS = "preprocess.json"
+EMBEDDING = "mllm/embed.safetensors"
+EMBEDDING_KEY = "weight"
+"""The one tensor of ``mllm/embed.safetensors``: f32[vocabulary, hidden]."""
+COMMON = (TOKENIZER, PREPROCESS, EMBEDDING)
+ROLES = ("vision", "decoder", "image_encoder", "mask_decoder")
+REBUILD = "build it again with: python export/build_engines.py --force"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Hex SHA-256 and size of one file of the bundle."""
+
+    sha256: str
+    bytes: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        return cls(sha256_file(path), path.stat().st_size)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a host needs to know to feed the graphs.
+
+    Attributes:
+        max_length: static length of the KV cache, in tokens.
+        image_tokens: tokens an image takes, in row order of ``grid`` = (rows, columns).
+        patches, patch_dim: rows and columns of the vision tower's input.
+        layers, kv_heads, head_dim: KV caches are f32[1, kv_heads, max_length, head_dim], two a layer.
+        hidden, vocabulary: of the embedding table and the logits.
+        rope_theta, mrope_section, mrope_interleaved: multimodal rotary positions (time, row, column).
+        deepstack: inputs ``deepstack_i`` of the decoder (0 for Qwen2.5-VL).
+        image_size, mask_size, max_text: the segmenter's input side, mask logits' side, longest text in tokens.
+    """
+
+    max_length: int
+    image_tokens: int
+    grid: tuple[int, int]
+    patches: int
+    patch_dim: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    rope_theta: float
+    mrope_section: tuple[int, ...]
+    image_size: tuple[int, int]
+    mask_size: tuple[int, int]
+    max_text: int
+    mrope_interleaved: bool = False
+    deepstack: int = 0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Engine against the torch reference on held-out scenes.
+
+    Attributes:
+        scenes: how many.
+        identical_tokens: share of scenes whose tokens of both stages are all the same, 0..1.
+        mean_iou, worst_iou: of the union masks, engine against reference, 0..1.
+        passed: whether the thresholds of this precision were met.
+    """
+
+    scenes: int
+    identical_tokens: float
+    mean_iou: float
+    worst_iou: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A bundle's contents. Paths are relative to the bundle, with forward slashes.
+
+    Attributes:
+        name: of the checkpoint ("ppcr-tiny").
+        source: SHA-256 over the checkpoint's files.
+        target: what the graphs were made for ("cpu").
+        precisions: per precision ("fp32", "int8"), the file of each role in ROLES.
+        files: every file of the bundle but the manifest itself.
+        default_precision: what a load takes when nothing is said.
+        parity: figures per precision; empty when the gate was not run.
+        parity_failure_allowed: the bundle was shipped with --allow-parity-failure.
+    """
+
+    name: str
+    source: str
+    target: str
+    opset: int
+    tools: dict[str, str]
+    box_convention: str
+    precisions: dict[str, dict[str, str]]
+    files: dict[str, FileEntry]
+    shapes: Shapes
+    default_precision: str
+    parity: dict[str, Parity] = field(default_factory=dict)
+    parity_failure_allowed: bool = False
+    ppcr: str = __version__
+    format: int = FORMAT
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Manifest:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            BundleError: of another format or version, or fields are missing, unknown or of another kind.
+        """
+        if data.get("format") != FORMAT:
+            raise BundleError(
+                f"this bundle has format {data.get('format')!r}, this ppcr {__version__} reads {FORMAT}: {REBUILD}"
+            )
+        if _series(data.get("ppcr")) != _series(__version__):
+            raise BundleError(
+                f"this bundle was built by ppcr {data.get('ppcr')!r}, this is ppcr {__version__}: {REBUILD}"
+            )
+        try:
+            shapes = {k: tuple(v) if isinstance(v, list) else v for k, v in data["shapes"].items()}
+            manifest = cls(
+                **{
+                    **data,
+                    "files": {str(k): FileEntry(**v) for k, v in data["files"].items()},
+                    "shapes": Shapes(**shapes),
+                    "parity": {str(k): Parity(**v) for k, v in data["parity"].items()},
+                }
+            )
+            manifest._require_complete()
+        except (TypeError, KeyError, AttributeError) as error:
+            raise BundleError(f"{MANIFEST} does not fit this version of ppcr ({error}): {REBUILD}") from None
+        return manifest
+
+    @classmethod
+    def load(cls, bundle: Path, *, target: str = "cpu") -> Manifest:
+        """Read ``bundle/manifest.json``; files are checked by `verify`.
+
+        Raises:
+            BundleError: missing, unreadable, of another version or for another target.
+        """
+        path = bundle / MANIFEST
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise BundleError(
+                f"{bundle} is not a bundle (it has no {MANIFEST}): make one with: python export/build_engines.py"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
+        if not isinstance(data, dict):
+            raise BundleError(f"{path} is not a JSON object; {REBUILD}")
+        manifest = cls.from_dict(data)
+        if manifest.target != target:
+            raise BundleError(f"this bundle was built for {manifest.target!r}, not for {target!r}: {REBUILD}")
+        return manifest
+
+    def save(self, bundle: Path) -> None:
+        """Write ``bundle/manifest.json`` atomically."""
+        write_json(bundle / MANIFEST, self.to_dict())
+
+    def paths(self, precision: str | None = None) -> dict[str, str]:
+        """File of each role at ``precision`` (default: ``default_precision``).
+
+        Raises:
+            BundleError: the bundle does not hold that precision.
+        """
+        wanted = precision or self.default_precision
+        if wanted not in self.precisions:
+            held = ", ".join(self.precisions)
+            raise BundleError(f"this bundle holds {held}, not {wanted!r}: build it with --precision {wanted}")
+        return self.precisions[wanted]
+
+    def verify(self, bundle: Path, precision: str | None = None) -> None:
+        """Compare the directory with ``files``: nothing missing, changed or foreign.
+
+        Every file is checked for presence and size; those that ``precision`` reads (None: all) by hash too.
+
+        Raises:
+            BundleError: names the first file that does not fit.
+        """
+        hashed = set(self.files) if precision is None else {*COMMON, *self.paths(precision).values()}
+        for name, entry in self.files.items():
+            path = bundle / name
+            try:
+                size = path.stat().st_size if path.is_file() else None
+                changed = size != entry.bytes or (name in hashed and sha256_file(path) != entry.sha256)
+            except OSError as error:
+                raise BundleError(f"cannot read {path}: {error.strerror or error}") from None
+            if size is None:
+                raise BundleError(f"{bundle} lacks {name}: {REBUILD}")
+            if changed:
+                raise BundleError(f"{path} is not the file this bundle was built with: {REBUILD}")
+        foreign = sorted(set(files_below(bundle)) - set(self.files) - {MANIFEST})
+        if foreign:
+            raise BundleError(f"{bundle / foreign[0]} does not belong to this bundle: remove it, or {REBUILD}")
+
+    def _require_complete(self) -> None:
+        names = [name for roles in self.precisions.values() for name in roles.values()]
+        for name in (*COMMON, *names, *self.files):
+            parts = PurePosixPath(name)
+            if parts.is_absolute() or ".." in parts.parts or name not in self.files:
+                raise KeyError(name)
+        for precision, roles in self.precisions.items():
+            if set(roles) != set(ROLES):
+                raise KeyError(f"roles of {precision}")
+        if self.default_precision not in self.precisions:
+            raise KeyError(f"default precision {self.default_precision}")
+
+
+def files_below(folder: Path) -> Iterable[str]:
+    """Relative names of the files of a bundle, hidden ones (an editor's, a file browser's) left out."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()
+
+
+def _series(version: object) -> tuple[str, ...]:
+    return tuple(str(version).split(".")[:2])
