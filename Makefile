@@ -14,12 +14,13 @@ TORCH := $(shell grep '^torch==' $(CONSTRAINTS))
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 RUNS ?= runs
+TRAIN ?=
 
 DEMO_IMAGE ?= ppcr/assets/samples/scene_0.png
 DEMO_EXPRESSION ?= all red spheres behind the green cube
 DEMO_OUTPUT ?= outputs/demo
 
-.PHONY: help demo test lint bench train-mllm train-segmenter train-assemble clean distclean
+.PHONY: help demo test lint bench train-mllm train-segmenter clean distclean
 
 help:
 	@echo "make demo             build the bundle, then one picture and one expression to masks"
@@ -76,6 +77,13 @@ bench: $(VENV)/.export
 	$(PY) benchmarks/accuracy.py --split test
 	$(PY) benchmarks/accuracy.py --split compositional
 	$(PY) benchmarks/accuracy.py --split crowded
+
+# Both resume where they were stopped; TRAIN="--device cpu" and the like goes through to the command.
+train-mllm: $(VENV)/.dev
+	$(PY) -m ppcr.training.mllm --output $(RUNS)/mllm $(TRAIN)
+
+train-segmenter: $(VENV)/.dev
+	$(PY) -m ppcr.training.segmenter --output $(RUNS)/segmenter $(TRAIN)
 
 clean:
 	rm -rf bundles outputs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

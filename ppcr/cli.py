@@ -18,7 +18,7 @@ from ppcr.errors import EngineError, UsageError, run_cli
 
 @dataclass(frozen=True)
 class Command:
-    """Where a subcommand lives, and the libraries it needs beyond the base install with the extra they are in."""
+    """Where a subcommand lives, and what it needs beyond the base install: libraries, and their extra."""
 
     module: str
     summary: str
@@ -76,9 +76,8 @@ def _run(name: str, arguments: list[str]) -> int:
     command = COMMANDS[name]
     missing = [library for library in command.needs if importlib.util.find_spec(library) is None]
     if missing:
-        raise EngineError(
-            f"ppcr {name} needs {', '.join(missing)}, not installed here; pip install 'ppcr[{command.extra}]' brings it"
-        )
+        cure = f"pip install 'ppcr[{command.extra}]' brings it"
+        raise EngineError(f"ppcr {name} needs {', '.join(missing)}, not installed here; {cure}")
     before = sys.argv
     # argparse takes the program's name from here, so that `ppcr infer --help` says `ppcr infer`.
     sys.argv = [f"ppcr {name}", *arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ppcr.cli import COMMANDS, main
+from ppcr.errors import EXIT_CODES, EngineError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("ppcr", "export", "kernels", "runtime", "benchmarks")
@@ -112,3 +116,35 @@ def test_constraints_pin_every_direct_dependency_within_its_range(project: dict[
     for requirement in map(requirements.Requirement, listed):
         if requirement.name != "ppcr":
             assert requirement.specifier.contains(pins[requirement.name.lower()]), str(requirement)
+
+
+def test_readme_lists_the_exit_codes() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    plain = str.maketrans({"`": None, '"': "'", "\\": None})
+    listed = {int(code): meaning.translate(plain) for code, meaning in rows}
+    assert listed == {code: meaning.translate(plain) for code, meaning in EXIT_CODES.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_installed_command_leads_to_a_module_of_the_packages(name: str) -> None:
+    source = ROOT / (COMMANDS[name].module.replace(".", "/") + ".py")
+    functions = {
+        node.name: node for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)
+    }
+    assert [argument.arg for argument in functions["main"].args.args] == ["argv"]
+
+
+def test_command_says_which_extra_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["build"]) == EngineError.exit_code
+    assert "ppcr[export]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["bench"], ["bench", "nothing"], ["--infer"]])
+def test_unknown_command_is_one_line_and_a_usage_error(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == UsageError.exit_code
+    assert capsys.readouterr().err.count("\n") == 1
