@@ -1,7 +1,7 @@
 """The words: one query becomes one of its many paraphrases, and one canonical semantic prompt.
 
-Expressions are lower case, from a closed vocabulary. Every wording maps to one canonical phrase, so the semantic
-prompt follows from the words alone (its count aside, which is read off the image).
+Expressions are lower case, from a closed vocabulary. Every wording maps to one canonical phrase, so the
+semantic prompt follows from the words alone (its count aside, which is read off the image).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TypeVar
 
+from ppcr.data.graph import MATERIALS
 from ppcr.data.relations import BETWEEN, ORDINALS, SUPERLATIVES, Phrase, Query
 from ppcr.prompts import SemanticPrompt
 
@@ -45,7 +46,7 @@ BINARY: dict[str, tuple[str, ...]] = {
     "right of": ("right of", "to the right of", "on the right of", "on the right side of", "right from"),
     "above": ("above", "higher than", "further up than", "higher up than", "over"),
     "below": ("below", "lower than", "under", "further down than", "beneath", "underneath"),
-    "behind": ("behind", "in back of", "farther back than", "further away than", "at the back of", "further back than"),
+    "behind": ("behind", "in back of", "farther back than", "further back than", "further away than"),
     "in front of": (
         "in front of",
         "closer to the camera than",
@@ -54,8 +55,8 @@ BINARY: dict[str, tuple[str, ...]] = {
         "closer to the viewer than",
         "closer than",
     ),
-    "nearest to": ("nearest to", "closest to", "nearest", "closest to", "next to", "beside", "right next to"),
-    "farthest from": ("farthest from", "furthest from", "most distant from", "farthest away from", "furthest away from"),
+    "nearest to": ("nearest to", "closest to", "nearest", "next to", "beside", "right next to"),
+    "farthest from": ("farthest from", "furthest from", "most distant from", "farthest away from"),
     BETWEEN: ("between", "in between", "in the middle of", "somewhere between"),
 }
 """Relation -> its wordings, each followed by the landmark (by "A and B" for between)."""
@@ -73,12 +74,12 @@ LEADING: dict[str, tuple[str, ...]] = {
 """Superlative -> wordings in front of the noun ("the leftmost ball")."""
 
 TRAILING: dict[str, tuple[str, ...]] = {
-    "leftmost": ("on the far left", "farthest to the left", "furthest left", "on the left", "first from the left"),
-    "rightmost": ("on the far right", "farthest to the right", "furthest right", "on the right", "first from the right"),
+    "leftmost": ("on the left", "on the far left", "farthest to the left", "furthest left"),
+    "rightmost": ("on the right", "on the far right", "farthest to the right", "furthest right"),
     "topmost": ("at the top", "highest up", "at the very top", "first from the top"),
     "bottommost": ("at the bottom", "lowest down", "at the very bottom", "first from the bottom"),
-    "nearest": ("closest to the camera", "nearest to the camera", "closest to us", "nearest to the viewer", "in the front"),
-    "farthest": ("farthest from the camera", "furthest away", "at the back", "at the very back", "farthest back"),
+    "nearest": ("closest to the camera", "nearest to the camera", "closest to us", "nearest to the viewer"),
+    "farthest": ("farthest from the camera", "furthest away", "at the back", "at the very back"),
     "largest": ("of the largest size", "bigger than the others", "larger than the rest"),
     "smallest": ("of the smallest size", "smaller than the others", "smaller than the rest"),
 }
@@ -89,9 +90,9 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 COMMANDS = (
     *("find {}", "segment {}", "select {}", "show {}", "show me {}", "highlight {}", "mark {}", "locate {}"),
-    *("pick {}", "outline {}", "point to {}", "mask {}", "give me {}", "look for {}", "i want {}", "i need {}"),
-    *("please segment {}", "please find {}", "please highlight {}", "find me {}", "segment {} please"),
-    *("can you find {}", "can you segment {}", "could you mark {}", "could you show me {}", "where is {}", "get {}"),
+    *("pick {}", "outline {}", "point to {}", "mask {}", "get {}", "give me {}", "look for {}", "i want {}"),
+    *("i need {}", "please segment {}", "please find {}", "please highlight {}", "find me {}", "where is {}"),
+    *("segment {} please", "can you find {}", "can you segment {}", "could you mark {}", "could you show me {}"),
 )
 PLURAL_COMMANDS = {"where is {}": "where are {}"}
 
@@ -132,7 +133,7 @@ class Dice:
 
 
 def canonical_phrase(phrase: Phrase) -> str:
-    """The phrase as a semantic prompt names a landmark: "large red sphere left of blue cube", "leftmost red cube"."""
+    """The phrase as a semantic prompt names a landmark: "large red cube left of ring", "leftmost red cube"."""
     relation = canonical_relation(phrase)
     before, after = (relation, "") if phrase.relation in SUPERLATIVES else ("", relation)
     words = (before, phrase.size, phrase.color, phrase.material, phrase.shape or "object", after)
@@ -154,7 +155,7 @@ def semantic_prompt(query: Query, count: int) -> SemanticPrompt:
 def express(query: Query, count: int, dice: Dice) -> str:
     """One wording of a query. ``count`` (the number of targets) only permits "both", "the two", ...
 
-    The text is lower case, at most about 40 words; equal queries share the canonical prompt whatever is drawn.
+    The text is lower case and at most some 40 words long.
     """
     style = Style(articles=not dice.chance(0.15))
     parts = _Parts.draw(query.phrase, query.plural, style, dice)
@@ -167,7 +168,9 @@ def express(query: Query, count: int, dice: Dice) -> str:
             command = dice.pick(COMMANDS)
             text = (PLURAL_COMMANDS.get(command, command) if query.plural else command).format(text)
     question = text.startswith(("wh", "can you", "could you"))
-    return text + ("?" if question and dice.chance(0.4) else "." if not question and dice.chance(0.06) else "")
+    if dice.chance(0.4 if question else 0.06):
+        text += "?" if question else "."
+    return text
 
 
 @dataclass(frozen=True)
@@ -183,16 +186,19 @@ class _Parts:
     plural: bool
 
     @classmethod
-    def draw(cls, phrase: Phrase, plural: bool, style: Style, dice: Dice) -> _Parts:
+    def draw(cls, phrase: Phrase, plural: bool, style: Style, dice: Dice, loose: float = 0.22) -> _Parts:
+        """``loose`` is how often properties follow the noun ("ball that is red") where nothing else does."""
         clauses: list[tuple[str, bool]] = []
         before: list[str] = []
-        move = not phrase.landmarks and dice.chance(0.22)
+        # "The second ball from the left that is red" may count all balls or the red ones: keep "red" in front.
+        fixed = phrase.relation in SUPERLATIVES or phrase.relation in ORDINALS
+        move = not phrase.relation and dice.chance(loose)
         for word in _adjective_order(phrase, dice):
             negative = word.startswith("not ")
             value = word[4:] if negative else word
             surface = dice.first(ADJECTIVES.get(value, (value,)))
-            made = value in ("rubber", "metal") and dice.chance(0.15)
-            if negative and dice.chance(0.2):
+            made = value in MATERIALS and loose and not fixed and dice.chance(0.15)
+            if negative and (fixed or dice.chance(0.2)):
                 before.append(f"non-{value}")
             elif made:
                 clauses.append((f"not made of {value}" if negative else f"made of {value}", True))
@@ -222,14 +228,15 @@ class _Parts:
             else:
                 clauses.append((style.trim(f"{rank} from the {side}"), True))
         elif name:
-            names = [_landmark(landmark, style, dice) for landmark in phrase.landmarks]
+            loose_landmarks = 0.0 if name == BETWEEN else 0.1
+            names = [_landmark(landmark, style, dice, loose_landmarks) for landmark in phrase.landmarks]
             clauses.append((f"{style.trim(dice.first(BINARY[name]))} {' and '.join(names)}", True))
         if suffix:
             clauses.insert(0, (suffix, True))
         return cls(tuple(before), _noun(phrase, plural, bool(before), dice), tuple(clauses), definite, plural)
 
-    def tail(self, dice: Dice) -> str:
-        """The clauses in a row: ' that is red and left of the cube'."""
+    def tail(self, dice: Dice, bare_share: float = 0.65) -> str:
+        """The clauses in a row: ' that is red and left of the cube'; ``bare_share`` of them lack "that is"."""
         if not self.clauses:
             return ""
         texts = [text for text, _ in self.clauses]
@@ -238,10 +245,10 @@ class _Parts:
             head = f" {texts[0]}"
             return head if len(texts) == 1 else f"{head} that {is_} {' and '.join(texts[1:])}"
         bare = all(bare for _, bare in self.clauses)
-        if bare and dice.chance(0.65):
+        short = "that are " if self.plural else "that's "
+        link = dice.first((f"that {is_} ", f"which {is_} ", short), 0.5)
+        if bare and dice.chance(bare_share):
             link = ""
-        else:
-            link = dice.first((f"that {is_} ", f"which {is_} ", "that's " if is_ == "is" else "that are "), 0.5)
         return f" {link}{' and '.join(texts)}"
 
     def head(self) -> str:
@@ -265,10 +272,8 @@ class _Parts:
             if count >= 2 and roll < 0.42:
                 number = "both" if count == 2 and dice.chance(0.4) else style.the(NUMBERS[count])
                 return f"{number} {head}{tail}"
-            determiner = dice.weighted(
-                ("all", "all the", "all of the", "the", ""), (0.4, 0.2, 0.1, 0.22, 0.08)
-            )
-            return f"{style.trim(determiner + ' ').strip()} {head}{tail}".strip()
+            determiners = ("all ", "all the ", "all of the ", "the ", "") if style.articles else ("all ", "")
+            return f"{dice.first(determiners)}{head}{tail}"
         noun = _SINGULAR[self.noun]
         if noun in ("object", "thing", "one") and dice.chance(0.55):
             return " ".join((dice.pick(("everything", "anything")), *self.before)) + tail
@@ -308,7 +313,7 @@ def _noun(phrase: Phrase, plural: bool, qualified: bool, dice: Dice) -> str:
     return (nouns[0] if dice.chance(0.4) else dice.pick(nouns))[plural]
 
 
-def _landmark(phrase: Phrase, style: Style, dice: Dice) -> str:
-    """A landmark is one object: always definite; a nested relation nearly always gets its "that is"."""
-    parts = _Parts.draw(phrase, False, style, dice)
-    return style.the(parts.head()) + parts.tail(dice)
+def _landmark(phrase: Phrase, style: Style, dice: Dice, loose: float) -> str:
+    """A landmark is one object: always definite; its own relation mostly gets a "that is" to hold on to."""
+    parts = _Parts.draw(phrase, False, style, dice, loose)
+    return style.the(parts.head()) + parts.tail(dice, 0.2 if phrase.landmarks else 0.65)

@@ -26,7 +26,9 @@ FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 AXIS_RELATIONS = ("left of", "right of", "above", "below", "behind", "in front of")
 DISTANCE_RELATIONS = ("nearest to", "farthest from")
 BETWEEN = "between"
-SUPERLATIVES = ("leftmost", "rightmost", "topmost", "bottommost", "nearest", "farthest", "largest", "smallest")
+SUPERLATIVES = (
+    *("leftmost", "rightmost", "topmost", "bottommost", "nearest", "farthest", "largest", "smallest"),
+)
 RANKS = ("second", "third", "fourth")
 SIDES = ("left", "right", "top", "bottom")
 ORDINALS = tuple(f"{rank} from {side}" for rank in RANKS for side in SIDES)
@@ -82,11 +84,11 @@ class Margins:
     between_length: float = 0.2
     """between: least distance of the two landmarks."""
     between_inside: tuple[float, float] = (0.2, 0.3)
-    """between: a "yes" projects at least this far from both ends, and lies this near the line (in lengths)."""
+    """between: a "yes" projects at least this far (in lengths) from both ends, and lies this near the line."""
     between_outside: tuple[float, float] = (0.05, 0.5)
-    """between: a "no" projects nearer an end than this, or lies farther from the line than this (in lengths)."""
+    """between: a "no" projects nearer an end than this, or lies farther from the line than this."""
     size: float = 0.15
-    """size words: an object this far (in log radius) from its size's usual radius cannot be told by its size."""
+    """size words: an object this far (in log radius) from its size's usual radius is of disputable size."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Relations:
     @cached_property
     def having(self) -> dict[str, int]:
         """Property word -> objects that have it; every word of FIELDS is a key."""
-        table = {}
+        table: dict[str, int] = {}
         for name, values in FIELDS:
             bits = [0] * len(values)
             for i, value in enumerate(getattr(self.graph, name).tolist()):
@@ -153,7 +155,8 @@ class Relations:
         x, y = self.graph.center[:, 0].tolist(), self.graph.center[:, 1].tolist()
         depth, radius = self.graph.depth.tolist(), self.graph.radius.tolist()
         minus = [[-v for v in column] for column in (x, y, depth, radius)]
-        return dict(zip(SUPERLATIVES, (x, minus[0], y, minus[1], depth, minus[2], minus[3], radius), strict=True))
+        columns = (x, minus[0], y, minus[1], depth, minus[2], minus[3], radius)
+        return dict(zip(SUPERLATIVES, columns, strict=True))
 
     def members(self, bits: int) -> list[int]:
         """Indices of a bit set, ascending."""
@@ -178,7 +181,7 @@ class Relations:
         return 1 << first if clear else None
 
     def ordinal(self, name: str, among: int) -> int | None:
-        """The object at a rank from a side; 0 where there are too few, None where a neighbour is too close."""
+        """The object at a rank from a side; 0 where there are too few, None where a neighbour is close."""
         rank_word, side = name.split(" from ")
         rank = RANKS.index(rank_word) + 1
         value = self.columns[SUPERLATIVES[SIDES.index(side)]]

@@ -25,7 +25,7 @@ _LINE = 15
 
 @dataclass(frozen=True)
 class SceneExample:
-    """One evaluation scene: ``graph`` is ``sample_scene(split, index)``; its expressions are fixed as well."""
+    """One evaluation scene: ``graph`` is ``sample_scene(split, index)``; its expressions are fixed too."""
 
     split: Split
     index: int
@@ -34,7 +34,7 @@ class SceneExample:
 
 
 def scene_example(split: Split, index: int, *, expressions: int = 1, level: int = 2) -> SceneExample:
-    """The evaluation example of one scene; the first k of its expressions do not depend on how many are asked for."""
+    """The evaluation example of one scene; asking for more expressions leaves the first ones as they are."""
     graph = sample_scene(split, index)
     rng = np.random.default_rng((_EXPRESSION_STREAM, SPLITS.index(split), index))
     return SceneExample(split, index, graph, tuple(sample_expressions(graph, expressions, rng, level)))
@@ -64,25 +64,30 @@ def contact_sheet(examples: Sequence[SceneExample], *, size: int = 256, columns:
     rendered = render([example.graph for example in examples], size=size)
     images = rendered.image.permute(0, 2, 3, 1).cpu().numpy()
     masks = rendered.masks.cpu().numpy()
-    width, lines = size + _MARGIN, 7
-    height = size + _MARGIN + lines * _LINE
-    rows = -(-len(examples) // columns)
-    sheet = Image.new("RGB", (columns * width + _MARGIN, rows * height + _MARGIN), "white")
+    captions = [
+        [
+            (line, color)
+            for text, color in (
+                (f"{example.split} {example.index}: {example.expressions[0].kind}", "#666666"),
+                (example.expressions[0].text, "#000000"),
+                (example.expressions[0].semantic.text, "#0050b0"),
+            )
+            for line in textwrap.wrap(text, size // 6)
+        ]
+        for example in examples
+    ]
+    width = size + _MARGIN
+    starts = range(0, len(examples), columns)
+    heights = [size + 2 * _MARGIN + _LINE * max(map(len, captions[i : i + columns])) for i in starts]
+    sheet = Image.new("RGB", (columns * width + _MARGIN, sum(heights) + _MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
     for k, example in enumerate(examples):
         expression = example.expressions[0]
         picture = marked(images[k], masks[k][list(expression.targets)], masks[k][list(expression.landmarks)])
-        left, top = _MARGIN + k % columns * width, _MARGIN + k // columns * height
+        left, top = _MARGIN + k % columns * width, _MARGIN + sum(heights[: k // columns])
         sheet.paste(Image.fromarray((picture * 255).round().astype(np.uint8)), (left, top))
-        characters = size // 6
-        for text, color in (
-            (f"{example.split} {example.index}: {expression.kind}", "#666666"),
-            (expression.text, "#000000"),
-            (expression.semantic.text, "#0050b0"),
-        ):
-            for line in textwrap.wrap(text, characters):
-                draw.text((left, top + size + 2), line, fill=color, font=font)
-                top += _LINE
+        for row, (line, color) in enumerate(captions[k]):
+            draw.text((left, top + size + 2 + row * _LINE), line, fill=color, font=font)
     return sheet
 
 
@@ -91,8 +96,8 @@ def marked(image: np.ndarray, targets: np.ndarray, landmarks: np.ndarray) -> np.
     picture = image.copy()
     for mask in landmarks:
         picture[outline(mask)] = 1.0
-    for mask in targets:
-        picture[mask] = 0.6 * picture[mask] + 0.4 * _TINT
+    for mask in targets:  # lightly, so that the colour can still be read
+        picture[mask] = 0.85 * picture[mask] + 0.15 * _TINT
         picture[outline(mask)] = _TINT
     return picture
 
@@ -107,13 +112,13 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ppcr.data.scenes", description="Draw a contact sheet of scenes.")
+    parser = argparse.ArgumentParser("python -m ppcr.data.scenes", description="Draw a contact sheet of scenes.")
     parser.add_argument("--sheet", type=Path, required=True, help="picture to write, for example sheet.png")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--count", type=int, default=12, help="scenes (default %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="index of the first scene (default %(default)s)")
     parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--level", type=int, choices=(0, 1, 2), default=2, help="difficulty of the expressions")
+    parser.add_argument("--level", type=int, choices=(0, 1, 2), default=2, help="how hard the expressions are")
     options = parser.parse_args(arguments)
     if options.count < 1 or options.columns < 1 or options.start < 0:
         parser.error("--count and --columns must be at least 1, --start at least 0")
