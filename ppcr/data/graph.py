@@ -273,7 +273,7 @@ def _sample_light(uniform: _Uniform) -> list[float]:
 
 def _sample_background(uniform: _Uniform) -> list[float]:
     def muted() -> list[float]:
-        base, gain = _TABLES[uniform.index(len(_TABLES))], uniform(0.8, 1.25)
+        base, gain = _TABLES[uniform.index(len(_TABLES))], uniform(0.75, 1.1)
         return [channel * gain * uniform(0.94, 1.06) for channel in base]
 
     def sometimes(chance: float, low: float, high: float) -> float:

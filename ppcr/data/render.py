@@ -31,11 +31,12 @@ ALBEDO = (  # in the order of graph.COLORS
 )
 
 SIN, COS = math.sin(ELEVATION), math.cos(ELEVATION)
-WINDOW = 1.24  # half side of an object's window, in radii
+# Half width and half height of a shape's window around its centre, in radii; every yaw that occurs fits.
+EXTENT = ((1.03, 1.20), (0.97, 0.98), (0.74, 1.12), (0.97, 1.13), (1.15, 1.15), (0.97, 0.90))
 YAW = {"cube": math.pi / 4, "pyramid": math.pi / 4}  # an edge towards the camera: two faces show
 CUBE, CYLINDER, CYLINDER_HEIGHT, SPHERE = 0.72, 0.72, 1.66, 0.95
 CONE, CONE_HEIGHT, PYRAMID, PYRAMID_HEIGHT = 0.95, 2.0, 0.80, 1.90
-RING, TUBE = 0.68, 0.27
+RING, TUBE, RING_STEPS, RING_RELAX, RING_TOUCH = 0.68, 0.27, 10, 1.4, 0.002
 # Cast shadow as a tapered capsule on the ground: height of its tip, half width at the base and at the tip (radii).
 SHADOW = ((1.3, 0.85, 0.8), (1.2, 0.6, 0.7), (1.4, 0.72, 0.7), (1.7, 0.85, 0.1), (1.6, 0.85, 0.1), (1.3, 0.6, 0.7))
 NOISE_SIDE = 512
@@ -144,6 +145,7 @@ class _Scenes:
     background: list[Tensor]
     noise_x: Tensor
     noise_y: Tensor
+    offsets: list[tuple[int, int]]
 
     @staticmethod
     def collect(graphs: Sequence[SceneGraph], device: torch.device) -> _Scenes:
@@ -157,53 +159,53 @@ class _Scenes:
             list(background[:, :, None, None, None].unbind(1)),
             offset[:, 0, None, None],
             offset[:, 1, None, None],
+            [(int(x) % NOISE_SIDE, int(y) % NOISE_SIDE) for x, y in (graph.noise_offset for graph in graphs)],
         )
 
 
-def _window(center: NDArray[np.float64], side: int, limit: int) -> NDArray[np.int64]:
-    """First pixel of windows of `side` pixels around `center` (pixels), kept inside 0..limit."""
+def _window(center: NDArray[np.floating], shape: tuple[int, int], limit: int) -> NDArray[np.int64]:
+    """First column and row, int64[m, 2], of windows (width, height) around centres in pixels, kept in 0..limit."""
+    side = np.array(shape)
     return np.clip(np.floor(center - side / 2).astype(np.int64), 0, limit - side)
 
 
 def _draw_objects(objects: _Objects, batch: int, size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Colour times coverage f32[B, 3, S, S], coverage f32[B, 1, S, S], visible object + 1 per pixel u8[B, S, S]."""
     fine = 2 * size
-    depth_keys, pixels, packed = [], [], []
+    depth_keys, fine_pixels, pixels, packed = [], [], [], []
     for shape, kind, rows in objects.slices:
-        side = min(fine, math.ceil(2 * WINDOW * 1.05 * SIZE_RADIUS[kind] * fine) + 2)
-        origin_x = _window(objects.floats[rows, 0] * fine, side, fine)
-        origin_y = _window(objects.floats[rows, 1] * fine, side, fine)
-        ints = np.column_stack((objects.ints[rows], origin_x, origin_y))
+        width, height = (math.ceil(2.1 * extent * SIZE_RADIUS[kind] * fine) + 2 for extent in EXTENT[shape])
+        origin = _window(objects.floats[rows, :2] * fine, (width, height), fine)
+        ints = np.column_stack((objects.ints[rows], origin))
         scene, slot, left, top = torch.from_numpy(ints).to(device, non_blocking=True)[:, :, None, None].unbind(1)
         x, _, ground, r, cos, sin, red, green, blue, metal, lx, ly, lz, ambient = objects.columns(rows)
-        steps = torch.arange(side, device=device)
-        column, row = left + steps, top + steps[:, None]
+        column = left + torch.arange(width, device=device)
+        row = top + torch.arange(height, device=device)[:, None]
         # Ray origins on the plane through the ground point that faces the camera, in radii, in the object's frame.
         right = ((column + 0.5) / fine - x) / r
         up = (ground - (row + 0.5) / fine) / r
         away = up * SIN
-        origin = (right * cos + away * sin, away * cos - right * sin, up * COS)
+        start = (right * cos + away * sin, away * cos - right * sin, up * COS)
         toward = (-COS * sin, -COS * cos, torch.full_like(cos, SIN))
         light = (lx * cos + ly * sin, ly * cos - lx * sin, lz)
-        t, hit, normal = _TRACERS[SHAPES[shape]](origin, toward)
-        height = origin[2] + t * SIN
-        glow, shine = _shade(normal, toward, light, ambient, metal, height)
+        t, hit, normal = _TRACERS[SHAPES[shape]](start, toward)
+        glow, shine = _shade(normal, toward, light, ambient, metal, start[2] + t * SIN)
         depth = t * r - (1.0 - ground) * (COS / SIN)
         step = ((depth + 2.0) * (DEPTH_STEPS / 3.0)).to(torch.int32)
         depth_keys.append(torch.where(hit, (step << SLOT_BITS) + (slot + 1).to(torch.int32), 0).flatten())
-        pixels.append(((scene * fine + row) * fine + column).flatten())
+        fine_pixels.append(((scene * fine + row) * fine + column).flatten())
+        pixels.append(((scene * size + row // 2) * size + column // 2).flatten())
         word = torch.ones_like(column * row)
         for channel in (blue, green, red):
             word = (word << 12) + (channel * glow + shine).clamp_(0.0, 1.0).mul_(1023.0).add_(0.5).to(torch.int64)
         packed.append(word.flatten())
-    key, pixel, word = torch.cat(depth_keys), torch.cat(pixels), torch.cat(packed)
+    key, fine_pixel = torch.cat(depth_keys), torch.cat(fine_pixels)
     nearest = torch.zeros(batch * fine * fine, dtype=torch.int32, device=device)
-    nearest.scatter_reduce_(0, pixel, key, "amax")
-    wins = (nearest[pixel] == key) & (key > 0)
+    nearest.scatter_reduce_(0, fine_pixel, key, "amax")
+    wins = (nearest[fine_pixel] == key) & (key > 0)
     # Four samples a pixel, three colours and a count share one 64-bit sum: exact in any order of the atomics.
-    column, row = pixel % fine, pixel // fine
     total = torch.zeros(batch * size * size, dtype=torch.int64, device=device)
-    total.scatter_add_(0, (row // 2) * size + column // 2, torch.where(wins, word, 0))
+    total.scatter_add_(0, torch.cat(pixels), torch.cat(packed) * wins)
     total = total.view(batch, 1, size, size)
     color = torch.cat([(total >> shift) & 4095 for shift in (0, 12, 24)], 1).float() / (4 * 1023.0)
     owners = (nearest & ((1 << SLOT_BITS) - 1)).to(torch.uint8).view(batch, size, 2, size, 2)
@@ -290,14 +292,16 @@ def _cone(origin: Vector, toward: Vector) -> Trace:
 def _ring(origin: Vector, toward: Vector) -> Trace:
     """A torus standing on its rim, axis along y; sphere-traced, as its quartic is no cheaper."""
     x, y, z = origin[0], origin[1], origin[2] - (RING + TUBE)
-    t = (RING + TUBE) - (x * toward[0] + y * toward[1] + z * SIN)
-    for _ in range(16):
+    b = x * toward[0] + y * toward[1] + z * SIN
+    t = torch.sqrt((b * b - (x * x + y * y + z * z) + (RING + TUBE) ** 2).clamp_(min=0.0)) - b
+    for _ in range(RING_STEPS):
         px, py, pz = x + t * toward[0], y + t * toward[1], z + t * SIN
         across = torch.sqrt(px * px + pz * pz)
-        gap = torch.sqrt((across - RING) ** 2 + py * py)
-        t = t - (gap - TUBE)
-    bend = (across - RING) / (gap * across.clamp(min=1e-3))
-    return t, gap < TUBE + 0.012, (px * bend, py / gap, pz * bend)
+        bulge = across - RING
+        gap = torch.sqrt(bulge * bulge + py * py)
+        t = t - (gap - TUBE) * RING_RELAX
+    bend = bulge / (gap * across.clamp(min=1e-3))
+    return t, gap < TUBE + RING_TOUCH, (px * bend, py / gap, pz * bend)
 
 
 _TRACERS = {"cube": _cube, "sphere": _sphere, "cylinder": _cylinder, "cone": _cone, "pyramid": _pyramid, "ring": _ring}
@@ -345,12 +349,11 @@ def _draw_shadows(objects: _Objects, batch: int, size: int, device: torch.device
         depth = min(size, math.ceil(2 * 1.4 * 1.05 * SIZE_RADIUS[kind] * size) + 2)
         floats = objects.floats[rows].astype(np.float64)
         reach = tip_height * floats[:, 3] / floats[:, 12]
-        left = _window((floats[:, 0] - floats[:, 10] * reach / 2) * size, width, size)
-        top = _window((floats[:, 2] + floats[:, 11] * reach / 2 * SIN) * size, depth, size)
-        ints = np.column_stack((objects.ints[rows, 0], left, top))
-        scene, left_, top_ = torch.from_numpy(ints).to(device, non_blocking=True)[:, :, None, None].unbind(1)
+        middle = floats[:, [0, 2]] + floats[:, [10, 11]] * (reach / 2)[:, None] * np.array((-1.0, SIN))
+        ints = np.column_stack((objects.ints[rows, 0], _window(middle * size, (width, depth), size)))
+        scene, left, top = torch.from_numpy(ints).to(device, non_blocking=True)[:, :, None, None].unbind(1)
         x, _, ground, r, _, _, _, _, _, _, lx, ly, lz, ambient = objects.columns(rows)
-        column, row = left_ + torch.arange(width, device=device), top_ + torch.arange(depth, device=device)[:, None]
+        column, row = left + torch.arange(width, device=device), top + torch.arange(depth, device=device)[:, None]
         gx = ((column + 0.5) / size - x) / r
         gy = (ground - (row + 0.5) / size) / (r * SIN)
         tip_x, tip_y = -lx / lz * tip_height, -ly / lz * tip_height
@@ -369,17 +372,18 @@ def _draw_shadows(objects: _Objects, batch: int, size: int, device: torch.device
 
 
 @lru_cache(maxsize=8)
-def _noise_tile(device: torch.device) -> Tensor:
-    """Gaussian noise f32[NOISE_SIDE ** 2], drawn on the CPU so that every device reads the same numbers."""
+def _noise_tile(device: torch.device, margin: int) -> Tensor:
+    """Gaussian noise f32[3, NOISE_SIDE + margin, ...], periodic; drawn on the CPU so that devices agree."""
     generator = torch.Generator().manual_seed(20261)
-    return torch.randn(NOISE_SIDE * NOISE_SIDE, generator=generator).to(device)
+    tile = torch.randn(3, NOISE_SIDE, NOISE_SIDE, generator=generator)
+    wrap = torch.arange(NOISE_SIDE + margin) % NOISE_SIDE
+    return tile[:, wrap][:, :, wrap].contiguous().to(device)
 
 
-def _noise(scenes: _Scenes, column: Tensor, row: Tensor, stream: int) -> Tensor:
-    """Noise at integer cells (int64, broadcastable to [B, H, W]); another stream is another part of the tile."""
-    x = (column + scenes.noise_x + 131 * stream) % NOISE_SIDE
-    y = (row + scenes.noise_y + 197 * stream) % NOISE_SIDE
-    return _noise_tile(x.device)[y * NOISE_SIDE + x]
+def _noise(scenes: _Scenes, column: Tensor, row: Tensor, channel: int) -> Tensor:
+    """Noise at integer cells (int64, broadcastable to [B, H, W])."""
+    x, y = (column + scenes.noise_x) % NOISE_SIDE, (row + scenes.noise_y) % NOISE_SIDE
+    return _noise_tile(x.device, 0)[channel].view(-1)[y * NOISE_SIDE + x]
 
 
 def _draw_table(scenes: _Scenes, shadow: Tensor, size: int) -> Tensor:
@@ -397,7 +401,7 @@ def _draw_table(scenes: _Scenes, shadow: Tensor, size: int) -> Tensor:
     tiles = torch.floor(x * squares) + torch.floor(away * squares)
     texture = texture + checker * (torch.remainder(tiles, 2.0) * 2.0 - 1.0)
     grain = (grid * 192).long()
-    texture = texture + speckle * _noise(scenes, grain[None, None], grain[None, :, None], 4)[:, None]
+    texture = texture + speckle * _noise(scenes, grain[None, None], grain[None, :, None], 0)[:, None]
     on_table = _ramp(y - horizon, -0.75 / size, 0.75 / size)
     surface = wall * (0.9 + 0.25 * y) + on_table * (table * texture * (1.0 - shadow) - wall * (0.9 + 0.25 * y))
     return surface * light
@@ -408,8 +412,8 @@ def _clouds(scenes: _Scenes, x: Tensor, y: Tensor) -> Tensor:
     left, top = torch.floor(x), torch.floor(y)
     u, v = _ramp(x - left, 0.0, 1.0), _ramp(y - top, 0.0, 1.0)
     i, j = left.long()[:, 0], top.long()[:, 0]
-    a, b = _noise(scenes, i, j, 7)[:, None], _noise(scenes, i + 1, j, 7)[:, None]
-    c, d = _noise(scenes, i, j + 1, 7)[:, None], _noise(scenes, i + 1, j + 1, 7)[:, None]
+    a, b = _noise(scenes, i, j, 1)[:, None], _noise(scenes, i + 1, j, 1)[:, None]
+    c, d = _noise(scenes, i, j + 1, 1)[:, None], _noise(scenes, i + 1, j + 1, 1)[:, None]
     upper, lower = a + u * (b - a), c + u * (d - c)
     return 0.6 * (upper + v * (lower - upper))
 
@@ -421,7 +425,8 @@ def _expose(image: Tensor, scenes: _Scenes, size: int) -> Tensor:
     pixel = torch.arange(size, device=image.device)
     off = (pixel + 0.5) / size - 0.5
     shade = 1.0 - vignette * (off * off + (off * off)[:, None])
-    noise = torch.stack([_noise(scenes, pixel[None, None], pixel[None, :, None], c) for c in range(3)], 1)
+    tile = _noise_tile(image.device, size)
+    noise = torch.stack([tile[:, y : y + size, x : x + size] for x, y in scenes.offsets])
     image = image * (exposure * balance) * shade + sigma * noise
     return image.clamp_(0.0, 1.0).mul_(255.0).round_().div_(255.0)
 
@@ -440,19 +445,17 @@ def _boxes(masks: Tensor) -> Tensor:
 def _points(labels: Tensor, slots: int) -> Tensor:
     """Centre of the owned pixel nearest each centroid, f32[B, N, 2] in 0..1; zeros for an object without pixels."""
     batch, size = labels.shape[0], labels.shape[-1]
-    bins = slots + 1
-    owner = (labels.long() + bins * torch.arange(batch, device=labels.device)[:, None, None]).flatten()
+    owner = labels.view(batch, -1).long()
     pixel = torch.arange(size, device=labels.device)
-    x, y = pixel.repeat(size).repeat(batch), pixel.repeat_interleave(size).repeat(batch)
-    sums = torch.zeros(2, batch * bins, dtype=torch.int64, device=labels.device)
-    sums[0].scatter_add_(0, owner, x + (y << 32))
-    sums[1].scatter_add_(0, owner, torch.ones_like(x))
-    count = sums[1].clamp(min=1)
+    x, y = pixel.repeat(size), pixel.repeat_interleave(size)
+    sums, count = torch.zeros(2, batch, slots + 1, dtype=torch.int64, device=labels.device).unbind()
+    sums.scatter_add_(1, owner, (x + (y << 32)).expand(batch, -1))
+    count.scatter_add_(1, owner, torch.ones_like(x).expand(batch, -1))
     # Twice the centroid, in whole numbers, so that ties and rounding are the same everywhere.
-    middle_x, middle_y = 2 * (sums[0] & 0xFFFFFFFF) // count, 2 * (sums[0] >> 32) // count
-    gap = (2 * x - middle_x[owner]) ** 2 + (2 * y - middle_y[owner]) ** 2
-    best = torch.full((batch * bins,), 1 << 62, dtype=torch.int64, device=labels.device)
-    best.scatter_reduce_(0, owner, (gap << 20) + y * size + x, "amin")
-    index = (best & ((1 << 20) - 1)).view(batch, bins)[:, 1:]
+    middle_x, middle_y = (2 * part // count.clamp(min=1) for part in (sums & 0xFFFFFFFF, sums >> 32))
+    gap_x, gap_y = 2 * x - middle_x.gather(1, owner), 2 * y - middle_y.gather(1, owner)
+    best = torch.full((batch, slots + 1), 1 << 62, dtype=torch.int64, device=labels.device)
+    best.scatter_reduce_(1, owner, ((gap_x * gap_x + gap_y * gap_y) << 20) + (y * size + x), "amin")
+    index = best[:, 1:] & ((1 << 20) - 1)
     point = torch.stack((index % size, index // size), -1).float().add_(0.5) / size
-    return point * (sums[1].view(batch, bins)[:, 1:, None] > 0)
+    return point * (count[:, 1:, None] > 0)
