@@ -52,7 +52,8 @@ class Shapes:
         hidden, vocabulary: of the embedding table and the logits.
         rope_theta, mrope_section, mrope_interleaved: multimodal rotary positions (time, row, column).
         deepstack: inputs ``deepstack_i`` of the decoder (0 for Qwen2.5-VL).
-        image_size, mask_size, max_text: the segmenter's input side, mask logits' side, longest text in tokens.
+        image_size, mask_size: (height, width) of the segmenter's input and of its mask logits.
+        max_text: longest semantic prompt the segmenter reads, in tokens.
     """
 
     max_length: int
@@ -134,14 +135,16 @@ class Manifest:
         """
         if data.get("format") != FORMAT:
             raise BundleError(
-                f"this bundle has format {data.get('format')!r}, this ppcr {__version__} reads {FORMAT}: {REBUILD}"
+                f"this bundle has format {data.get('format')!r}, ppcr {__version__} reads {FORMAT}: {REBUILD}"
             )
         if _series(data.get("ppcr")) != _series(__version__):
             raise BundleError(
                 f"this bundle was built by ppcr {data.get('ppcr')!r}, this is ppcr {__version__}: {REBUILD}"
             )
         try:
-            shapes = {k: tuple(v) if isinstance(v, list) else v for k, v in data["shapes"].items()}
+            shapes: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in data["shapes"].items()
+            }
             manifest = cls(
                 **{
                     **data,
@@ -167,7 +170,7 @@ class Manifest:
             data = json.loads(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise BundleError(
-                f"{bundle} is not a bundle (it has no {MANIFEST}): make one with: python export/build_engines.py"
+                f"{bundle} is not a bundle (it has no {MANIFEST}): make one: python export/build_engines.py"
             ) from None
         except (OSError, ValueError) as error:
             raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
@@ -216,7 +219,7 @@ class Manifest:
                 raise BundleError(f"{path} is not the file this bundle was built with: {REBUILD}")
         foreign = sorted(set(files_below(bundle)) - set(self.files) - {MANIFEST})
         if foreign:
-            raise BundleError(f"{bundle / foreign[0]} does not belong to this bundle: remove it, or {REBUILD}")
+            raise BundleError(f"{bundle / foreign[0]} does not belong to this bundle: remove it or {REBUILD}")
 
     def _require_complete(self) -> None:
         names = [name for roles in self.precisions.values() for name in roles.values()]
