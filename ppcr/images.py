@@ -6,6 +6,7 @@ applied, transparency over white, first frame of an animation). Model input is `
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 import warnings
@@ -24,6 +25,9 @@ UInt8Image = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
 MAX_PIXELS = 50_000_000
+
+# Pillow logs some damage before it raises; without a handler Python would print that on stderr.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # Named, so that Pillow never starts an external program (EPS) or guesses where there is no signature (TGA).
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
@@ -121,7 +125,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> UInt8Image:
             raise ImageError(_too_large(name, max_pixels)) from error
         except (UnidentifiedImageError, KeyError) as error:  # KeyError: this Pillow lacks the last formats
             raise ImageError(
-                f"cannot read image {name}: not an image of a known kind; convert it to PNG or JPEG"
+                f"cannot read image {name}: not an image of a known kind, or damaged; convert it to PNG or JPEG"
             ) from error
         except Exception as error:
             raise ImageError(_damaged(name, error)) from error
