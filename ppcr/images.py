@@ -125,7 +125,7 @@ def _decode(file: BinaryIO, name: str, max_pixels: int) -> UInt8Image:
             raise ImageError(_too_large(name, max_pixels)) from error
         except (UnidentifiedImageError, KeyError) as error:  # KeyError: this Pillow lacks the last formats
             raise ImageError(
-                f"cannot read image {name}: not an image of a known kind, or damaged; convert it to PNG or JPEG"
+                f"cannot read image {name}: no known kind of image, or damaged; convert it to PNG or JPEG"
             ) from error
         except Exception as error:
             raise ImageError(_damaged(name, error)) from error
