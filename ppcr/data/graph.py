@@ -104,9 +104,7 @@ class SceneGraph:
 
 
 _HELD_OUT = sorted((SHAPES.index(shape), COLORS.index(color)) for color, shape in HELD_OUT_PAIRS)
-_ALLOWED = tuple(
-    tuple(c for c in range(len(COLORS)) if (s, c) not in _HELD_OUT) for s in range(len(SHAPES))
-)
+_ALLOWED = tuple(tuple(c for c in range(len(COLORS)) if (s, c) not in _HELD_OUT) for s in range(len(SHAPES)))
 
 
 class _Uniform:
@@ -133,10 +131,11 @@ class _Uniform:
 
 
 def sample_scene(split: Split, seed: int) -> SceneGraph:
-    """Sample one scene: the same (split, seed >= 0) always gives the same graph, and splits never share a stream.
+    """Sample one scene: the same (split, seed >= 0) gives the same graph, and splits never share a stream.
 
-    3..10 objects (11..14 in "crowded"). Colour-shape pairs of HELD_OUT_PAIRS appear only in "compositional", there
-    in every scene. Every object is inside the image and, taken as a disc, covered at most MAX_COVERED by others.
+    3..10 objects (11..14 in "crowded"). Colour-shape pairs of HELD_OUT_PAIRS appear only in "compositional",
+    there in every scene. Every object is inside the image and, taken as a disc, covered at most MAX_COVERED
+    by the discs in front of it.
     Raises ValueError for an unknown split or a negative seed.
     """
     if split not in SPLITS:
@@ -174,7 +173,7 @@ def sample_scene(split: Split, seed: int) -> SceneGraph:
 
 
 def _sample_pairs(uniform: _Uniform, count: int, split: Split) -> list[tuple[int, int]]:
-    """(shape, color) of each object. Scenes draw from a palette, so that objects share words and must be told apart."""
+    """(shape, color) of each object, drawn from a palette of the scene: objects that share words are confusable."""
     shapes = uniform.subset(len(SHAPES), 2 + uniform.index(len(SHAPES) - 1))
     palette = set(uniform.subset(len(COLORS), 3 + uniform.index(len(COLORS) - 2)))
     pairs = []
