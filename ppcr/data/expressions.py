@@ -1,7 +1,7 @@
 """Referring expressions for a scene graph, checked against its geometry and worded in many ways.
 
-A kind is drawn, a query of that kind is made (``queries``), the geometry decides it (``relations``), and the grammar
-words it (``grammar``). Whatever a person could dispute is dropped on the way.
+A kind is drawn, a query of that kind is made (``queries``), the geometry decides it (``relations``), and the
+grammar words it (``grammar``). Whatever a person could dispute is dropped on the way.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MIX: tuple[dict[str, float], ...] = (
 )
 """Per level: kind -> share drawn. A kind that a scene does not offer gives way to another."""
 
-_ATTEMPTS = 10
+_ATTEMPTS = 14
 
 
 @dataclass(frozen=True)

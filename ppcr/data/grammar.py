@@ -91,8 +91,9 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 COMMANDS = (
     *("find {}", "segment {}", "select {}", "show {}", "show me {}", "highlight {}", "mark {}", "locate {}"),
     *("pick {}", "outline {}", "point to {}", "mask {}", "get {}", "give me {}", "look for {}", "i want {}"),
-    *("i need {}", "please segment {}", "please find {}", "please highlight {}", "find me {}", "where is {}"),
-    *("segment {} please", "can you find {}", "can you segment {}", "could you mark {}", "could you show me {}"),
+    *("i need {}", "please segment {}", "please find {}", "please highlight {}", "find me {}"),
+    *("where is {}", "could you mark {}"),
+    *("segment {} please", "can you find {}", "can you segment {}", "could you show me {}"),
 )
 PLURAL_COMMANDS = {"where is {}": "where are {}"}
 
@@ -133,7 +134,7 @@ class Dice:
 
 
 def canonical_phrase(phrase: Phrase) -> str:
-    """The phrase as a semantic prompt names a landmark: "large red cube left of ring", "leftmost red cube"."""
+    """The phrase as a semantic prompt names a landmark: "red cube left of ring", "leftmost red cube"."""
     relation = canonical_relation(phrase)
     before, after = (relation, "") if phrase.relation in SUPERLATIVES else ("", relation)
     words = (before, phrase.size, phrase.color, phrase.material, phrase.shape or "object", after)
@@ -190,13 +191,13 @@ class _Parts:
         """``loose`` is how often properties follow the noun ("ball that is red") where nothing else does."""
         clauses: list[tuple[str, bool]] = []
         before: list[str] = []
-        # "The second ball from the left that is red" may count all balls or the red ones: keep "red" in front.
+        # "The second ball from the left that is red" can count all balls or red ones: keep "red" in front.
         fixed = phrase.relation in SUPERLATIVES or phrase.relation in ORDINALS
         move = not phrase.relation and dice.chance(loose)
         for word in _adjective_order(phrase, dice):
             negative = word.startswith("not ")
             value = word[4:] if negative else word
-            surface = dice.first(ADJECTIVES.get(value, (value,)))
+            surface = dice.first(ADJECTIVES.get(value, (value,)), 0.5)
             made = value in MATERIALS and loose and not fixed and dice.chance(0.15)
             if negative and (fixed or dice.chance(0.2)):
                 before.append(f"non-{value}")
@@ -236,7 +237,7 @@ class _Parts:
         return cls(tuple(before), _noun(phrase, plural, bool(before), dice), tuple(clauses), definite, plural)
 
     def tail(self, dice: Dice, bare_share: float = 0.65) -> str:
-        """The clauses in a row: ' that is red and left of the cube'; ``bare_share`` of them lack "that is"."""
+        """The clauses in a row: ' that is red and left of the cube'; ``bare_share`` lack the "that is"."""
         if not self.clauses:
             return ""
         texts = [text for text, _ in self.clauses]

@@ -1,7 +1,7 @@
 """Queries drawn target first: an object, then a description that is true of it, or false of everything.
 
-A maker returns a candidate, or None where its draw came to nothing. It need not be right: ``resolve`` has the last
-word on every candidate.
+A maker returns a candidate, or None where its draw came to nothing. It need not be right: ``resolve`` has the
+last word on every candidate.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ USUAL: dict[int, float] = {
 """How often which properties are named together (a set of bits in the order of FIELDS)."""
 ANYTHING: dict[int, float] = {0: 2.0} | {k: v for k, v in USUAL.items() if k not in (_MATERIAL, _SIZE)}
 """The same where a relation says the rest: often just "the thing", "the ball"."""
+_RANK_WEIGHTS = {"second": 3.0, "third": 2.0, "fourth": 1.0}
+_SIDE_WEIGHTS = {"left": 2.0, "right": 2.0, "top": 0.6, "bottom": 0.6}
 _ORDINAL_WEIGHTS = tuple(
-    {"second": 3.0, "third": 2.0, "fourth": 1.0}[name.split()[0]] * (2.0 if name.endswith(("left", "right")) else 0.6)
-    for name in ORDINALS
+    _RANK_WEIGHTS[rank] * _SIDE_WEIGHTS[side] for rank, side in (name.split(" from ") for name in ORDINALS)
 )
 
 
@@ -139,7 +140,7 @@ class QueryMaker:
         if roll < 0.92:
             found = self._landmark()
             return found and _query(phrase, name, found[1])
-        return phrase and _query(self._class(1), name, phrase)
+        return None if phrase is None else _query(self._class(1), name, phrase)
 
     def none_relation(self) -> Query | None:
         """The objects exist and the landmarks exist; none of the objects stands so."""
@@ -150,7 +151,7 @@ class QueryMaker:
             return None
         if roll < 0.27:
             second = self._landmark()
-            if not second or self.relations.distance[found[0]][second[0]] < self.relations.margins.between_length:
+            if not second:
                 return None
             phrase = self._class(1, 3, without=1 << found[0] | 1 << second[0])
             return _query(phrase, BETWEEN, found[1], second[1])

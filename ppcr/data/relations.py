@@ -83,9 +83,9 @@ class Margins:
     """nearest to, farthest from: least difference of distance to the runner-up."""
     between_length: float = 0.2
     """between: least distance of the two landmarks."""
-    between_inside: tuple[float, float] = (0.2, 0.3)
-    """between: a "yes" projects at least this far (in lengths) from both ends, and lies this near the line."""
-    between_outside: tuple[float, float] = (0.05, 0.5)
+    between_inside: tuple[float, float] = (0.2, 0.2)
+    """between: a "yes" projects this far (in lengths) from both ends, and lies this near the line."""
+    between_outside: tuple[float, float] = (0.05, 0.4)
     """between: a "no" projects nearer an end than this, or lies farther from the line than this."""
     size: float = 0.15
     """size words: an object this far (in log radius) from its size's usual radius is of disputable size."""

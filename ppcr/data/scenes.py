@@ -112,13 +112,13 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m ppcr.data.scenes", description="Draw a contact sheet of scenes.")
+    parser = argparse.ArgumentParser("python -m ppcr.data.scenes", description="Draw a contact sheet.")
     parser.add_argument("--sheet", type=Path, required=True, help="picture to write, for example sheet.png")
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--count", type=int, default=12, help="scenes (default %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="index of the first scene (default %(default)s)")
     parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--level", type=int, choices=(0, 1, 2), default=2, help="how hard the expressions are")
+    parser.add_argument("--level", type=int, choices=(0, 1, 2), default=2, help="how hard to say")
     options = parser.parse_args(arguments)
     if options.count < 1 or options.columns < 1 or options.start < 0:
         parser.error("--count and --columns must be at least 1, --start at least 0")
