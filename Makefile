@@ -83,7 +83,7 @@ train-mllm: $(VENV)/.dev
 	$(PY) -m ppcr.training.mllm --output $(RUNS)/mllm $(TRAIN)
 
 train-segmenter: $(VENV)/.dev
-	$(PY) -m ppcr.training.segmenter --output $(RUNS)/segmenter $(TRAIN)
+	$(PY) -m ppcr.training.segmenter --mllm $(RUNS)/mllm/mllm --output $(RUNS)/segmenter $(TRAIN)
 
 clean:
 	rm -rf bundles outputs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

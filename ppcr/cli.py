@@ -41,9 +41,14 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+def present() -> dict[str, Command]:
+    """The commands whose module this copy of the package holds."""
+    return {name: command for name, command in COMMANDS.items() if importlib.util.find_spec(command.module)}
+
+
 def usage() -> str:
     """The text of ``ppcr --help``."""
-    rows = "\n".join(f"  {name:<16}{command.summary}" for name, command in COMMANDS.items())
+    rows = "\n".join(f"  {name:<16}{command.summary}" for name, command in present().items())
     return f"usage: ppcr COMMAND [options]\n\n{rows}\n\nOptions of a command: ppcr COMMAND --help"
 
 
@@ -66,10 +71,10 @@ def _dispatch(words: list[str]) -> int:
         return 0
     for length in (2, 1):
         name = " ".join(words[:length])
-        if name in COMMANDS:
+        if name in present():
             return _run(name, words[length:])
     given = f"unknown command {' '.join(words[:2])!r}" if words else "no command given"
-    raise UsageError(f"{given}; the commands are: {', '.join(COMMANDS)} (ppcr --help says what each does)")
+    raise UsageError(f"{given}; the commands are: {', '.join(present())} (ppcr --help says what each does)")
 
 
 def _run(name: str, arguments: list[str]) -> int:
