@@ -173,7 +173,7 @@ def sample_scene(split: Split, seed: int) -> SceneGraph:
 
 
 def _sample_pairs(uniform: _Uniform, count: int, split: Split) -> list[tuple[int, int]]:
-    """(shape, color) of each object, drawn from a palette of the scene: objects that share words are confusable."""
+    """(shape, color) of each object, from a palette of the scene, so that objects share words."""
     shapes = uniform.subset(len(SHAPES), 2 + uniform.index(len(SHAPES) - 1))
     palette = set(uniform.subset(len(COLORS), 3 + uniform.index(len(COLORS) - 2)))
     pairs = []

@@ -31,8 +31,8 @@ ALBEDO = (  # in the order of graph.COLORS
     (0.94, 0.94, 0.94),
 )
 
-# Cast shadow of each of graph.SHAPES as a tapered capsule on the ground: height of the point that casts its tip,
-# half width at the base, half width at the tip, in radii.
+# Cast shadow of each of graph.SHAPES, a tapered capsule on the ground: height of the point that casts its
+# tip, half width at the base, half width at the tip, in radii.
 SHADOW = (
     (1.3, 0.85, 0.8),
     (1.2, 0.6, 0.7),
@@ -68,8 +68,8 @@ def render(graphs: Sequence[SceneGraph], size: int = 256, device: torch.device |
     """Draw the graphs at size x size pixels (32..1024) on the device; gradients are never recorded.
 
     The same graph gives the same result at a given size, whatever else is in the batch; devices differ by the
-    rounding of their arithmetic only. Raises ValueError for an empty batch, a size out of range, or a graph of
-    more than 15 objects.
+    rounding of their arithmetic only. Raises ValueError for an empty batch, a size out of range, or a graph
+    of more than 15 objects.
     """
     if not graphs:
         raise ValueError("nothing to render: no graphs")
@@ -141,13 +141,13 @@ class _Objects:
 
 
 def _window(center: NDArray[np.floating], shape: tuple[int, int], limit: int) -> NDArray[np.int64]:
-    """First column and row, int64[m, 2], of windows (width, height) around centres (pixels), kept in 0..limit."""
+    """First column and row, int64[m, 2], of windows (width, height) around centres, kept in 0..limit."""
     side = np.array(shape)
     return np.clip(np.floor(center - side / 2).astype(np.int64), 0, limit - side)
 
 
 def _draw_objects(objects: _Objects, batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Colour times coverage f32[B, 3, S, S], coverage f32[B, 1, S, S], label u8[B, S, S]: visible slot + 1 or 0."""
+    """Colour times coverage f32[B, 3, S, S], coverage f32[B, 1, S, S], label u8[B, S, S]: slot + 1, or 0."""
     device = objects.device
     fine = 2 * size
     depth_keys, fine_pixels, pixels, packed = [], [], [], []
@@ -160,7 +160,7 @@ def _draw_objects(objects: _Objects, batch: int, size: int) -> tuple[Tensor, Ten
         x, _, ground, r, cos, sin, red, green, blue, metal, lx, ly, lz, ambient = columns
         column = left + torch.arange(width, device=device)
         row = top + torch.arange(height, device=device)[:, None]
-        # Rays start on the plane through the ground point that faces the camera; radii, in the object's frame.
+        # Rays start on the plane through the ground point that faces the camera; in radii, object's frame.
         right = ((column + 0.5) / fine - x) / r
         up = (ground - (row + 0.5) / fine) / r
         away = up * SIN
@@ -203,7 +203,7 @@ def _majority(owners: Tensor) -> Tensor:
 
 
 def _draw_shadows(objects: _Objects, batch: int, size: int) -> Tensor:
-    """Darkness of the ground, f32[B, 1, S, S] in 0..1: the strongest shadow wins, so their order is irrelevant."""
+    """Darkness of the ground, f32[B, 1, S, S] in 0..1: the strongest shadow wins, in any order."""
     device = objects.device
     pixels, values = [], []
     for shape, kind, rows in objects.slices:
@@ -255,9 +255,9 @@ def _points(labels: Tensor, slots: int) -> Tensor:
     sums, count = torch.zeros(2, batch, slots + 1, dtype=torch.int64, device=labels.device).unbind()
     sums.scatter_add_(1, owner, (x + (y << 32)).expand(batch, -1))
     count.scatter_add_(1, owner, torch.ones_like(x).expand(batch, -1))
-    # Twice the centroid, in whole numbers, so that ties and rounding are the same everywhere.
-    middle_x, middle_y = (2 * part // count.clamp(min=1) for part in (sums & 0xFFFFFFFF, sums >> 32))
-    gap_x, gap_y = 2 * x - middle_x.gather(1, owner), 2 * y - middle_y.gather(1, owner)
+    # The centroid in whole 1/256 pixels, so that ties and rounding are the same everywhere.
+    middle_x, middle_y = (256 * part // count.clamp(min=1) for part in (sums & 0xFFFFFFFF, sums >> 32))
+    gap_x, gap_y = 256 * x - middle_x.gather(1, owner), 256 * y - middle_y.gather(1, owner)
     best = torch.full((batch, slots + 1), 1 << 62, dtype=torch.int64, device=labels.device)
     best.scatter_reduce_(1, owner, ((gap_x * gap_x + gap_y * gap_y) << 20) + (y * size + x), "amin")
     index = best[:, 1:] & ((1 << 20) - 1)

@@ -1,7 +1,7 @@
 """The six shapes as ray-traced solids and the two materials, in units of the object's radius.
 
-An object stands at the origin of its own frame, Z up; rays start on a plane facing the camera and `toward` points
-at the camera, so the largest t is the nearest hit. All tensors broadcast to f32[m, h, w], one window per object.
+An object stands at the origin of its own frame, Z up; rays start on a plane facing the camera and `toward`
+points at the camera, so the largest t is the nearest hit. Tensors broadcast to f32[m, h, w], one window each.
 """
 
 from __future__ import annotations
