@@ -1,1 +1,1 @@
-"""Rendered table-top scenes: scene graphs, the batched renderer, referring expressions and dataset readers."""
+"""Rendered table-top scenes: scene graphs, the batched renderer, expressions and dataset readers."""
