@@ -6,11 +6,16 @@ choice to make) and which are allowed; turn-level engines (TensorRT-LLM) take it
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
+
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,23 @@ class Literal:
 
     tokens: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        _require(len(self.tokens) > 0, "a literal needs a token")
+
 
 @dataclass(frozen=True)
 class Choice:
     """Exactly one of ``tokens``."""
 
     tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(len(self.tokens) > 0, "a choice needs a token")
+
+    @cached_property
+    def ids(self) -> Ids:
+        """``tokens`` as ascending int64 [n]."""
+        return np.unique(np.asarray(self.tokens, np.int64))
 
 
 @dataclass(frozen=True)
@@ -35,8 +51,27 @@ class Free:
     stop: int
     max_tokens: int
 
+    def __post_init__(self) -> None:
+        _require(len(self.tokens) > 0 and self.max_tokens > 0, "a free field needs a token and room for it")
+        _require(self.stop not in self.tokens, "a free field cannot hold its own stop token")
+
+    @cached_property
+    def first_ids(self) -> Ids:
+        """Ascending int64 [n]: what may come first; a free field cannot be empty."""
+        return np.unique(np.asarray(self.tokens, np.int64))
+
+    @cached_property
+    def later_ids(self) -> Ids:
+        """Ascending int64 [n]: what may come from the second position on, the stop token included."""
+        return np.unique(np.asarray((*self.tokens, self.stop), np.int64))
+
 
 Segment = Literal | Choice | Free
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 @dataclass(frozen=True)
@@ -57,14 +92,16 @@ class Constraint:
     def regex(self, decode: Callable[[Sequence[int]], str]) -> str:
         """A regular expression of the answer's text, for engines with guided decoding."""
         parts = []
-        for segment in self.segments:
+        for segment, run in itertools.groupby(self.segments):
+            times = len(list(run))
             if isinstance(segment, Literal):
-                parts.append(re.escape(decode(segment.tokens)))
+                part = f"(?:{re.escape(decode(segment.tokens))})"
             elif isinstance(segment, Choice):
-                parts.append("(?:" + "|".join(re.escape(decode([t])) for t in segment.tokens) + ")")
+                part = f"(?:{'|'.join(re.escape(decode([t])) for t in segment.tokens)})"
             else:
-                stop = decode([segment.stop])
-                parts.append(f"[^{re.escape(stop)}<]+{re.escape(stop)}")
+                stop = re.escape(decode([segment.stop]))
+                part = f"(?:[^{stop}<]+{stop})"
+            parts.append(part if times == 1 else f"{part}{{{times}}}")
         return "".join(parts)
 
 
@@ -75,7 +112,6 @@ class Cursor:
     segments: tuple[Segment, ...]
     index: int = 0
     inside: int = 0
-    _arrays: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def done(self) -> bool:
@@ -89,7 +125,7 @@ class Cursor:
             segment = self.segments[index]
             if isinstance(segment, Literal):
                 out.extend(segment.tokens[inside:])
-            elif isinstance(segment, Choice) and len(segment.tokens) == 1:
+            elif isinstance(segment, Choice) and len(segment.ids) == 1:
                 out.append(segment.tokens[0])
             elif isinstance(segment, Free) and inside >= segment.max_tokens:
                 out.append(segment.stop)
@@ -98,21 +134,18 @@ class Cursor:
             index, inside = index + 1, 0
         return tuple(out)
 
-    def allowed(self) -> np.ndarray:
-        """int64 [n] ids that may come next (at least one unless done)."""
+    def allowed(self) -> Ids:
+        """Ascending int64 [n] ids that may come next (at least one unless done); not to be written to."""
         if self.done:
             return np.zeros(0, np.int64)
         segment = self.segments[self.index]
+        if isinstance(segment, Choice):
+            return segment.ids
         if isinstance(segment, Literal):
             return np.asarray([segment.tokens[self.inside]], np.int64)
-        if isinstance(segment, Free) and self.inside >= segment.max_tokens:
+        if self.inside >= segment.max_tokens:
             return np.asarray([segment.stop], np.int64)
-        # A free field cannot be empty: the stop token is offered from its second position on.
-        key = 2 * self.index + (1 if isinstance(segment, Free) and self.inside else 0)
-        if key not in self._arrays:
-            tokens = segment.tokens + ((segment.stop,) if isinstance(segment, Free) and self.inside else ())
-            self._arrays[key] = np.asarray(tokens, np.int64)
-        return self._arrays[key]
+        return segment.later_ids if self.inside else segment.first_ids
 
     def advance(self, token: int) -> None:
         """Take one token.
@@ -120,7 +153,9 @@ class Cursor:
         Raises:
             ValueError: the token is not allowed here.
         """
-        if token not in self.allowed():
+        allowed = self.allowed()
+        place = int(allowed.searchsorted(token))
+        if place == len(allowed) or allowed[place] != token:
             raise ValueError(f"token {token} is not allowed at segment {self.index}")
         segment = self.segments[self.index]
         self.inside += 1

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ppcr.errors import ExpressionError, UsageError
+from ppcr.errors import ExpressionError
 
 MAX_TARGETS = 6
 LOCATION_BINS = 1000
@@ -59,16 +60,16 @@ class SemanticPrompt:
 
     def __post_init__(self) -> None:
         if not 0 <= self.count <= MAX_TARGETS:
-            raise UsageError(f"a semantic prompt counts 0 to {MAX_TARGETS} targets, not {self.count}")
-        for name, value in (("category", self.category), ("attributes", self.attributes), ("relation", self.relation)):
+            raise ExpressionError(f"a semantic prompt counts 0 to {MAX_TARGETS} targets, not {self.count}")
+        for value in (self.category, self.attributes, self.relation):
             if SEPARATOR in value:
-                raise UsageError(f"the {name} of a semantic prompt cannot contain {SEPARATOR!r}: {value!r}")
+                raise ExpressionError(f"no field of a semantic prompt can contain {SEPARATOR!r}: {value!r}")
 
     @property
     def text(self) -> str:
         """``category; attributes; relation; count`` with ``any`` for an empty field."""
-        fields = (self.category or "object", self.attributes or ANY, self.relation or ANY, COUNT_WORDS[self.count])
-        return f"{SEPARATOR} ".join(fields)
+        free = (self.category or "object", self.attributes or ANY, self.relation or ANY)
+        return f"{SEPARATOR} ".join((*free, COUNT_WORDS[self.count]))
 
     @property
     def is_none(self) -> bool:
@@ -79,26 +80,33 @@ class SemanticPrompt:
     def parse(cls, text: str) -> SemanticPrompt:
         """Read ``category; attributes; relation; count`` (count as a word or a number).
 
+        The text is cleaned as an expression is (``clean_expression``): what a person writes here reaches the
+        model too.
+
         Raises:
-            UsageError: the text is not of that form; the message shows the form.
+            ExpressionError: the text is not of that form; the message shows the form.
         """
+        text = clean_expression(text, what="semantic prompt")
         fields = [" ".join(part.split()) for part in text.split(SEPARATOR)]
-        if len(fields) != 4 or not fields[0]:
-            raise UsageError(
-                f"cannot read the semantic prompt {text[:80]!r}: write 'category; attributes; relation; count', "
-                "for example 'sphere; red metal; left of green cube; one'"
-            )
-        word = fields[3].lower()
+        if len(fields) != 4:
+            raise ExpressionError(f"cannot read the semantic prompt {text[:80]!r}: {_FORM}")
+        word = fields[3]
         if word in COUNT_WORDS:
             count = COUNT_WORDS.index(word)
         elif re.fullmatch(r"[0-9]", word) and int(word) <= MAX_TARGETS:
             count = int(word)
         else:
-            raise UsageError(
+            raise ExpressionError(
                 f"the count of a semantic prompt is one of {', '.join(COUNT_WORDS)} or 0 to {MAX_TARGETS}, "
                 f"not {fields[3][:20]!r}"
             )
-        category, attributes, relation = (("" if f in (ANY, "-") else f) for f in fields[:3])
+        return cls.from_fields(fields[:3], count)
+
+    @classmethod
+    def from_fields(cls, fields: Sequence[str], count: int) -> SemanticPrompt:
+        """From three texts as a model may write them: cleaned, "any" and "-" read as empty."""
+        clean = [_clean(field).replace(SEPARATOR, " ").strip() for field in fields]
+        category, attributes, relation = ("" if field in (ANY, "-") else field for field in clean)
         return cls(category or "object", attributes, relation, count)
 
 
@@ -131,7 +139,8 @@ class SpatialPrompt:
     @classmethod
     def from_locations(cls, locations: np.ndarray) -> SpatialPrompt:
         """From int [6K] location indices, as generated: bin centres, box corners put in order."""
-        values = ((np.asarray(locations, np.float32) + 0.5) / LOCATION_BINS).reshape(-1, LOCATIONS_PER_INSTANCE)
+        values = (np.asarray(locations, np.float32) + 0.5) / LOCATION_BINS
+        values = values.reshape(-1, LOCATIONS_PER_INSTANCE)
         low = np.minimum(values[:, 2:4], values[:, 4:6])
         high = np.maximum(values[:, 2:4], values[:, 4:6])
         return cls(np.concatenate([low, high], axis=1), values[:, :2].copy())
@@ -170,8 +179,18 @@ class Conversation:
         return f"{IM_END}\n{IM_START}user\n{SPATIAL_REQUEST}{IM_END}\n{IM_START}assistant\n"
 
 
-def clean_expression(text: str, *, lowercase: bool = True, max_characters: int = 1000) -> str:
-    """An expression as the tokenizer gets it: NFC, control characters dropped, white space collapsed.
+_UNSEEN = ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
+_FORM = (
+    "write 'category; attributes; relation; count', for example 'sphere; red metal; left of green cube; one'"
+)
+_EXAMPLES = {
+    "expression": "say what to segment, for example 'the red cube'",
+    "semantic prompt": _FORM,
+}
+
+
+def clean_expression(text: str, *, max_characters: int = 1000, what: str = "expression") -> str:
+    """An expression as the tokenizer gets it: NFC, lower case, no control characters, single spaces.
 
     Text that looks like a special token (``<|im_end|>``) is broken up, so that an expression can never
     speak for the conversation.
@@ -181,11 +200,16 @@ def clean_expression(text: str, *, lowercase: bool = True, max_characters: int =
     """
     if len(text) > max_characters:
         raise ExpressionError(
-            f"the expression has {len(text)} characters, the limit is {max_characters}: shorten it to one phrase"
+            f"the {what} has {len(text)} characters, the limit is {max_characters}: shorten it to one phrase"
         )
-    text = unicodedata.normalize("NFC", text)
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs", "Co", "Cn", "Zl", "Zp") else c for c in text)
-    text = " ".join(text.replace("<|", "< |").split())
+    text = _clean(text)
     if not text:
-        raise ExpressionError("the expression is empty: say what to segment, for example 'the red cube'")
-    return text.lower() if lowercase else text
+        raise ExpressionError(f"the {what} is empty: {_EXAMPLES[what]}")
+    return text
+
+
+def _clean(text: str) -> str:
+    # Lower case first: it can take letters apart, which NFC puts together again.
+    text = unicodedata.normalize("NFC", text.lower())
+    text = "".join(" " if unicodedata.category(c) in _UNSEEN else c for c in text)
+    return " ".join(text.replace("<|", "< |").split())

@@ -1,4 +1,4 @@
-"""The prompt MLLM's tokenizer without torch or transformers: ids, answers and the constraints of both stages."""
+"""The prompt MLLM's tokenizer without torch or transformers: ids, answers, constraints of both stages."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ from ppcr.prompts import (
     location_token,
 )
 
+# As byte-level BPE writes them: control characters (and DEL) are shifted to U+0100 and on.
+_BREAKING = {SEPARATOR, "<", *map(chr, range(0x100, 0x120)), "\u0121"}
+
+_CURE = "use the one written beside the checkpoint"
+
 CATEGORY_TOKENS, ATTRIBUTE_TOKENS, RELATION_TOKENS = 4, 8, 24
 """Longest answer of each free field of the semantic prompt, in tokens."""
 
@@ -40,11 +45,9 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Tokenizer, conversation: Conversation | None = None) -> None:
         self.tokenizer = tokenizer
         self.conversation = conversation or Conversation()
-        first = tokenizer.token_to_id(location_token(0))
-        last = tokenizer.token_to_id(location_token(LOCATION_BINS - 1))
-        if first is None or last != first + LOCATION_BINS - 1 or self._id(IMAGE_PAD) is None:
-            raise BundleError("this tokenizer.json has no location tokens: use the one written beside the checkpoint")
-        self.first_location = int(first)
+        self.first_location = self._id(location_token(0))
+        if self._id(location_token(LOCATION_BINS - 1)) != self.first_location + LOCATION_BINS - 1:
+            raise BundleError(f"the location tokens of this tokenizer.json are not in a row: {_CURE}")
 
     @classmethod
     def load(cls, path: Path, conversation: Conversation | None = None) -> PromptTokenizer:
@@ -60,7 +63,10 @@ class PromptTokenizer:
         return cls(tokenizer, conversation)
 
     def _id(self, token: str) -> int:
-        return self.tokenizer.token_to_id(token)
+        found = self.tokenizer.token_to_id(token)
+        if found is None:
+            raise BundleError(f"this tokenizer.json has no token {token!r}: {_CURE}")
+        return found
 
     def encode(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
@@ -107,11 +113,16 @@ class PromptTokenizer:
 
     @cached_property
     def text_tokens(self) -> tuple[int, ...]:
-        """Ids a free field may use: every token but special ones, locations and the separator."""
-        special = {self._id(t) for t in SPECIAL_TOKENS} | {self.separator}
+        """Ids a free field may use: every token but special ones, locations and what would break the format.
+
+        Left out are tokens with the separator inside (only the separator itself ends a field), with ``<``
+        (it opens special tokens) and with control characters.
+        """
+        special = {self._id(t) for t in SPECIAL_TOKENS}
         locations = range(self.first_location, self.first_location + LOCATION_BINS)
-        used = set(self.tokenizer.get_vocab(with_added_tokens=True).values())
-        return tuple(sorted(i for i in used if i not in special and i not in locations))
+        used = self.tokenizer.get_vocab(with_added_tokens=True).items()
+        fit = {i for text, i in used if not _BREAKING & set(text)}
+        return tuple(sorted(fit - special - set(locations)))
 
     @cached_property
     def separator(self) -> int:
@@ -122,7 +133,7 @@ class PromptTokenizer:
         """Ids of `` none``, `` one``, … `` six`` in that order: one token each."""
         ids = [self.encode(f" {word}") for word in COUNT_WORDS]
         if any(len(i) != 1 for i in ids):
-            raise BundleError("this tokenizer.json splits the count words: use the one written beside the checkpoint")
+            raise BundleError(f"this tokenizer.json splits the count words: {_CURE}")
         return tuple(i[0] for i in ids)
 
     @cached_property
@@ -134,11 +145,22 @@ class PromptTokenizer:
 
     def spatial_constraint(self, count: int) -> Constraint:
         """Six location tokens for each of ``count`` instances."""
-        choice = Choice(tuple(range(self.first_location, self.first_location + LOCATION_BINS)))
-        return Constraint((choice,) * (LOCATIONS_PER_INSTANCE * count))
+        return Constraint((self._location,) * (LOCATIONS_PER_INSTANCE * count))
+
+    @cached_property
+    def _location(self) -> Choice:
+        return Choice(tuple(range(self.first_location, self.first_location + LOCATION_BINS)))
 
     def semantic(self, ids: Sequence[int]) -> SemanticPrompt:
-        return SemanticPrompt.parse(self.decode(ids))
+        """The semantic prompt of an answer within ``semantic_constraint``."""
+        fields: list[list[int]] = [[]]
+        for token in ids:
+            if token == self.separator:
+                fields.append([])
+            else:
+                fields[-1].append(token)
+        *free, (count,) = fields
+        return SemanticPrompt.from_fields([self.decode(f) for f in free], self.count_tokens.index(count))
 
     def spatial(self, ids: Sequence[int]) -> SpatialPrompt:
         return SpatialPrompt.from_locations(np.asarray(ids, np.int64) - self.first_location)

@@ -1,0 +1,213 @@
+"""onnxruntime on the CPU: bound buffers, a KV cache updated in place, no allocation per decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from ppcr.errors import BundleError, EngineError
+from ppcr.manifest import REBUILD, Shapes
+from runtime.bundle import Bundle
+from runtime.positions import Tables, make_tables
+from runtime.session import Float32Array, Prompts, Sessions
+
+# Features of one image stay in onnxruntime's own memory between encoder and decoder.
+SegmenterFeatures = dict[str, "ort.OrtValue"]
+ENCODED = ("image_features", "high_res_0", "high_res_1")
+
+
+def load(bundle: Bundle, *, threads: int) -> Sessions:
+    """Both sessions of a bundle, each graph on ``threads`` CPU threads.
+
+    Raises:
+        BundleError: a graph cannot be read, or does not take what this runtime feeds.
+        EngineError: this onnxruntime lacks an operator that a graph uses.
+    """
+    segmenter = OnnxSegmenter(
+        _open(bundle.graphs["image_encoder"], threads), _open(bundle.graphs["mask_decoder"], threads)
+    )
+    vision, decoder = (_open(bundle.graphs[role], threads) for role in ("vision", "decoder"))
+    return Sessions(OnnxMLLM(vision, decoder, bundle), segmenter)
+
+
+def _open(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    # Encoder and MLLM run side by side: a thread that spins for work takes the other's processor.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base but Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if type(error).__name__ == "NotImplemented":
+            told = f"onnxruntime {ort.__version__} cannot run {path}: {reason}"
+            raise EngineError(f"{told}; upgrade onnxruntime") from error
+        raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
+
+
+class OnnxMLLM:
+    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently."""
+
+    def __init__(self, vision: ort.InferenceSession, decoder: ort.InferenceSession, bundle: Bundle) -> None:
+        shapes = bundle.manifest.shapes
+        if shapes.deepstack:
+            raise BundleError(
+                f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}"
+            )
+        self._vision, self._decoder = vision, decoder
+        self._shapes = shapes
+        self._embedding = bundle.embedding
+        self._image_token = bundle.tokenizer.image_token
+        image_start = len(bundle.tokenizer.before_image)
+        self._tables = make_tables(shapes.max_length, image_start, shapes.grid, bundle.rotary)
+
+    def encode_image(self, patches: Float32Array) -> Float32Array:
+        """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden]."""
+        features: Float32Array = self._vision.run(["image_features"], {"pixel_values": patches})[0]
+        return features
+
+    def open(self, max_length: int | None = None) -> OnnxContext:
+        """A new conversation with its own KV cache of ``max_length`` usable tokens."""
+        most = self._shapes.max_length
+        length = most if max_length is None else max_length
+        if not 0 < length <= most:
+            raise ValueError(f"a context of {length} tokens: this bundle's cache holds 1 to {most}")
+        return OnnxContext(
+            self._decoder, self._shapes, self._tables, self._embedding, self._image_token, length
+        )
+
+
+class OnnxContext:
+    """`runtime.session.Context`: two sets of bindings over one KV cache, for single tokens and for blocks.
+
+    The cache is bound as input and as output, so that it is updated in place. For single tokens every buffer
+    is bound once and filled in place; for blocks the inputs that carry the block's length are bound anew, as
+    views of buffers that already exist.
+    """
+
+    def __init__(
+        self,
+        decoder: ort.InferenceSession,
+        shapes: Shapes,
+        tables: Tables,
+        embedding: Float32Array,
+        image_token: int,
+        length: int,
+    ) -> None:
+        self._decoder, self._tables = decoder, tables
+        self._embedding, self._image_token = embedding, image_token
+        self._capacity, self._length = length, 0
+        half = shapes.head_dim // 2
+        self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
+        self._at, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
+        self._embeds = np.zeros((shapes.max_length, shapes.hidden), np.float32)
+        self._step = {
+            "inputs_embeds": np.zeros((1, 1, shapes.hidden), np.float32),
+            "rope_cos": np.zeros((1, 1, half), np.float32),
+            "rope_sin": np.zeros((1, 1, half), np.float32),
+            "attn_mask": np.zeros((1, 1, 1, shapes.max_length), np.bool_),
+            "logits_index": np.zeros(1, np.int64),
+        }
+        cache_shape = (1, shapes.kv_heads, shapes.max_length, shapes.head_dim)
+        # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
+        self._cache = {
+            (kind, layer): ort.OrtValue.ortvalue_from_numpy(np.zeros(cache_shape, np.float32))
+            for layer in range(shapes.layers)
+            for kind in "kv"
+        }
+        self._single, self._block = self._bind(), self._bind()
+        for name, buffer in self._step.items():
+            self._single.bind_cpu_input(name, buffer)
+        self._block.bind_cpu_input("logits_index", self._last)
+
+    def _bind(self) -> ort.IOBinding:
+        binding = self._decoder.io_binding()
+        for (kind, layer), value in self._cache.items():
+            binding.bind_ortvalue_input(f"{kind}_cache_{layer}", value)
+            binding.bind_ortvalue_output(f"{kind}_cache_out_{layer}", value)
+        binding.bind_cpu_input("write_indices", self._at)
+        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        return binding
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position ``length`` on: the cache's rows are simply written again."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot truncate a context of {self._length} tokens to {length}")
+        self._length = length
+
+    def extend(self, token_ids: Sequence[int], features: Float32Array | None = None) -> Float32Array:
+        """Run a block; logits f32 [vocabulary] after its last token, overwritten by the next call."""
+        count, start = len(token_ids), self._length
+        if not 0 < count <= self._capacity - start:
+            raise ValueError(f"{count} tokens do not fit after {start} of a context of {self._capacity}")
+        self._at[0] = start
+        if count == 1 and features is None:
+            self._run_single(token_ids[0], start)
+        else:
+            self._run_block(np.asarray(token_ids, np.int64), start, features)
+        self._length = start + count
+        return self._logits[0, 0]
+
+    def _run_single(self, token: int, start: int) -> None:
+        step, tables = self._step, self._tables
+        step["inputs_embeds"][0, 0] = self._embedding[token]
+        step["rope_cos"][0, 0] = tables.cos[start]
+        step["rope_sin"][0, 0] = tables.sin[start]
+        step["attn_mask"][0, 0, 0] = tables.mask[start]
+        self._decoder.run_with_iobinding(self._single)
+
+    def _run_block(self, ids: npt.NDArray[np.int64], start: int, features: Float32Array | None) -> None:
+        count, tables, rows = len(ids), self._tables, slice(start, start + len(ids))
+        embeds = self._embeds[:count]
+        np.take(self._embedding, ids, axis=0, out=embeds)
+        places = np.flatnonzero(ids == self._image_token)
+        held = 0 if features is None else len(features)
+        if len(places) != held:
+            raise ValueError(f"{len(places)} image tokens, but features of {held}")
+        if features is not None:
+            embeds[places] = features
+        self._last[0] = count - 1
+        binding = self._block
+        binding.bind_cpu_input("inputs_embeds", embeds[None])
+        binding.bind_cpu_input("rope_cos", tables.cos[None, rows])
+        binding.bind_cpu_input("rope_sin", tables.sin[None, rows])
+        binding.bind_cpu_input("attn_mask", tables.mask[None, None, rows])
+        self._decoder.run_with_iobinding(binding)
+
+
+class OnnxSegmenter:
+    """`runtime.session.SegmenterSession`. Threads may share it."""
+
+    def __init__(self, image_encoder: ort.InferenceSession, mask_decoder: ort.InferenceSession) -> None:
+        self._encoder, self._decoder = image_encoder, mask_decoder
+
+    def encode(self, pixels: Float32Array) -> SegmenterFeatures:
+        """Pixels f32 [3, H, W] to the features of one image, by output name."""
+        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels[None], np.float32))
+        outputs = self._encoder.run_with_ort_values(list(ENCODED), {"pixels": value})
+        return dict(zip(ENCODED, outputs, strict=True))
+
+    def decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
+        """Mask logits f32 [N, h, w] and scores f32 [N]."""
+        given = {
+            "boxes": prompts.boxes,
+            "points": prompts.points,
+            "spatial_valid": prompts.spatial_valid,
+            "text_embeddings": prompts.text_embeddings,
+            "text_mask": prompts.text_mask,
+        }
+        feed = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in given.items()}
+        logits, scores = self._decoder.run_with_ort_values(["mask_logits", "scores"], {**features, **feed})
+        return logits.numpy(), scores.numpy()

@@ -1,0 +1,258 @@
+"""Image and expressions to masks: ``Pipeline.load``, ``scene = pipe.open(image)``, ``scene.segment(…)``.
+
+Threads: a `Pipeline` may be shared by threads. A `Scene` may too, but answers one call at a time; open one
+scene per thread to work side by side.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ppcr import boxes as frames
+from ppcr import images, masks
+from ppcr.errors import BoxError, ExpressionError, UsageError
+from ppcr.prompts import SemanticPrompt, SpatialPrompt
+from runtime.bundle import AUTO, Bundle
+from runtime.prompter import Answer, Prompter, Request
+from runtime.result import Result
+from runtime.session import Features, Float32Array, Prompts, Sessions, load_sessions
+from runtime.timing import Stopwatch
+
+ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
+MAX_BOXES = 64
+
+
+class Pipeline:
+    """A bundle loaded on an engine.
+
+    Args:
+        bundle: verified; sessions: both of its models; threads: processors to use; engine: its name.
+    """
+
+    def __init__(self, bundle: Bundle, sessions: Sessions, *, threads: int, engine: str) -> None:
+        self.bundle, self.sessions, self.threads = bundle, sessions, threads
+        self.engine: dict[str, str | int] = {
+            "bundle": bundle.manifest.name,
+            "precision": bundle.precision,
+            "engine": engine,
+            "threads": threads,
+        }
+        # With one thread nothing can run beside the MLLM; the encoder then waits until masks are needed.
+        self.background = ThreadPoolExecutor(1, "ppcr-encoder") if threads > 1 else None
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str],
+        *,
+        precision: str = AUTO,
+        threads: int | None = None,
+        backend: str = "onnxruntime",
+    ) -> Pipeline:
+        """Read and check a bundle, and start an engine with it.
+
+        Args:
+            bundle: its folder.
+            precision: "fp32", "int8", or "auto" for the default that the build wrote into the bundle.
+            threads: processors to use at the same time; default: all that this process may use.
+
+        Raises:
+            BundleError, EngineError, UsageError: each says what to do.
+        """
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be 1 or more, not {threads}")
+        count = threads or len(os.sched_getaffinity(0))
+        checked = Bundle.load(bundle, precision=precision)
+        return cls(checked, load_sessions(backend, checked, threads=count), threads=count, engine=backend)
+
+    def open(self, image: ImageSource) -> Scene:
+        """Take an image (path, Pillow image, or array as ``ppcr.images.as_rgb`` reads it) to look at.
+
+        Where there are two threads or more, the segmenter starts on it at once, in the background.
+        Raises ImageError.
+        """
+        return Scene(self, image)
+
+    def close(self) -> None:
+        """Wait for the background thread and end it. The pipeline cannot open scenes afterwards."""
+        if self.background is not None:
+            self.background.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Scene:
+    """One image: its features and the MLLM's cache of it are kept for every expression to come."""
+
+    def __init__(self, pipeline: Pipeline, image: ImageSource) -> None:
+        self._pipeline, self._bundle = pipeline, pipeline.bundle
+        self._lock = threading.Lock()
+        self._opening = Stopwatch()
+        with self._opening.stage("image"):
+            self.image = images.as_rgb(image)
+            config = self._bundle.config.segmenter
+            small = images.resize(self.image, config.image_size)
+            self._pixels = images.normalise(small, config.mean, config.std)
+        self._prompter = Prompter(self._bundle, pipeline.sessions.mllm, self.image)
+        self._encoded: Future[tuple[Features, float]] | None = None
+        self._features: Features | None = None
+        if pipeline.background is not None:
+            self._encoded = pipeline.background.submit(self._encode)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the original image."""
+        return self.image.shape[0], self.image.shape[1]
+
+    def segment(
+        self,
+        expression: str,
+        *,
+        semantic: str | SemanticPrompt | None = None,
+        boxes: npt.ArrayLike | None = None,
+    ) -> Result:
+        """Masks of what ``expression`` names.
+
+        Args:
+            semantic: instead of stage 1, "category; attributes; relation; count"; stage 2 goes on from it.
+            boxes: instead of stage 2, [K, 4] xyxy in pixels of the original image; their centres serve as
+                points. Stage 1 still says what is in them, but no longer how many: its count becomes K.
+
+        Raises:
+            ExpressionError, BoxError: empty, too long, malformed, or outside the image.
+        """
+        request = self._request(expression, semantic, boxes)
+        with self._lock:
+            return self._segment([request])[0]
+
+    def segment_many(self, expressions: Sequence[str]) -> list[Result]:
+        """As `segment` for each expression, with the masks of all of them decoded as one batch.
+
+        The batch's time is shared out equally. All expressions are checked before the first is run.
+        """
+        requests = [self._request(expression, None, None) for expression in expressions]
+        with self._lock:
+            return self._segment(requests)
+
+    def _request(
+        self, expression: str, semantic: str | SemanticPrompt | None, boxes: npt.ArrayLike | None
+    ) -> Request:
+        tokenizer, config = self._bundle.tokenizer, self._bundle.config.mllm
+        ids = tokenizer.expression(expression, max_tokens=config.max_expression_tokens)
+        prompt = None
+        if semantic is not None:
+            prompt = SemanticPrompt.parse(semantic if isinstance(semantic, str) else semantic.text)
+            length, most = len(tokenizer.encode(prompt.text)), self._bundle.manifest.shapes.max_text
+            if length > most:
+                told = f"the semantic prompt takes {length} tokens, the limit is {most}"
+                raise ExpressionError(f"{told}: shorten it")
+        spatial = None if boxes is None else self._given_boxes(boxes)
+        if prompt is not None and prompt.is_none and spatial is not None:
+            raise ExpressionError("the semantic prompt says none, but boxes are given: leave out one of them")
+        return Request(expression, tuple(ids), prompt, spatial)
+
+    def _given_boxes(self, boxes: npt.ArrayLike) -> SpatialPrompt:
+        pixels = np.asarray(boxes, np.float32)
+        pixels = pixels[None] if pixels.ndim == 1 else pixels
+        if pixels.ndim != 2 or pixels.shape[1] != 4 or not 1 <= len(pixels) <= MAX_BOXES:
+            told = f"give 1 to {MAX_BOXES} boxes, each x1, y1, x2, y2 in pixels"
+            raise BoxError(f"cannot use boxes of shape {pixels.shape}: {told}")
+        height, width = self.size
+        for box in pixels:
+            frames.validate_box(box, width, height)
+        unit = frames.to_unit(pixels, width, height)
+        return SpatialPrompt(unit, (unit[:, :2] + unit[:, 2:]) / 2)
+
+    def _segment(self, requests: Sequence[Request]) -> list[Result]:
+        answers, watches = [], []
+        for request in requests:
+            # The first expression answers for reading the image as well.
+            watch, self._opening = self._opening, Stopwatch()
+            answers.append(self._prompter.answer(request, watch))
+            watches.append(watch)
+        drawn = self._draw(answers, watches)
+        return [
+            Result(
+                expression=request.expression,
+                image=self.image,
+                semantic=answer.semantic,
+                spatial=answer.spatial,
+                instances=instances,
+                scores=scores,
+                timings=watch.finish(),
+                costs=answer.costs,
+                given=request.given,
+                engine=self._pipeline.engine,
+            )
+            for request, answer, watch, (instances, scores) in zip(
+                requests, answers, watches, drawn, strict=True
+            )
+        ]
+
+    def _encode(self) -> tuple[Features, float]:
+        start = time.perf_counter()
+        features = self._pipeline.sessions.segmenter.encode(self._pixels)
+        return features, time.perf_counter() - start
+
+    def _draw(
+        self, answers: Sequence[Answer], watches: Sequence[Stopwatch]
+    ) -> list[tuple[npt.NDArray[np.bool_], Float32Array]]:
+        """Stage 3: instance masks at the original size and scores, of all answers as one batch."""
+        nothing = np.zeros((0, *self.size), np.bool_), np.zeros(0, np.float32)
+        drawn = [nothing] * len(answers)
+        wanted = [index for index, answer in enumerate(answers) if answer.spatial.count]
+        if not wanted:
+            return drawn
+        features = self._await_features(watches[wanted[0]])
+        start = time.perf_counter()
+        prompts = self._batch([answers[i] for i in wanted])
+        logits, scores = self._pipeline.sessions.segmenter.decode(features, prompts)
+        share = (time.perf_counter() - start) / len(wanted)
+        first = 0
+        for index in wanted:
+            rows = slice(first, first + answers[index].spatial.count)
+            first = rows.stop
+            watches[index].add("decoder", share, share)
+            with watches[index].stage("masks"):
+                instances = np.stack([masks.mask_from_logits(one, self.size) for one in logits[rows]])
+            drawn[index] = instances, scores[rows]
+        return drawn
+
+    def _await_features(self, watch: Stopwatch) -> Features:
+        if self._features is None:
+            start = time.perf_counter()
+            self._features, device = self._encode() if self._encoded is None else self._encoded.result()
+            watch.add("encoder", time.perf_counter() - start, device)
+        return self._features
+
+    def _batch(self, answers: Sequence[Answer]) -> Prompts:
+        """The prompts of several expressions side by side, their texts padded to one length."""
+        bundle = self._bundle
+        most = bundle.manifest.shapes.max_text
+        counts = [answer.spatial.count for answer in answers]
+        texts = [bundle.tokenizer.encode(answer.semantic.text)[:most] for answer in answers]
+        ids = np.zeros((len(texts), max(len(text) for text in texts)), np.int64)
+        mask = np.zeros(ids.shape, np.bool_)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)], mask[row, : len(text)] = text, True
+        embeddings = bundle.embedding[ids] * mask[..., None]
+        return Prompts(
+            boxes=np.concatenate([answer.spatial.boxes for answer in answers]),
+            points=np.concatenate([answer.spatial.points for answer in answers]),
+            spatial_valid=np.ones(sum(counts), np.float32),
+            text_embeddings=np.repeat(embeddings, counts, axis=0),
+            text_mask=np.repeat(mask, counts, axis=0),
+        )

@@ -1,0 +1,123 @@
+"""Stages 1 and 2: from an expression to a semantic and a spatial prompt, on one cache per image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ppcr import images
+from ppcr.prompts import MAX_TARGETS, SemanticPrompt, SpatialPrompt
+from runtime.bundle import Bundle
+from runtime.generation import Turn, generate
+from runtime.result import Costs
+from runtime.session import Context, Features, Float32Array, MLLMSession
+from runtime.timing import Stopwatch
+
+
+@dataclass(frozen=True)
+class Request:
+    """One expression, already checked: its ids, and what is given instead of computed."""
+
+    expression: str
+    ids: tuple[int, ...]
+    semantic: SemanticPrompt | None = None
+    spatial: SpatialPrompt | None = None
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the stages' outputs that are given."""
+        named = {"semantic": self.semantic, "boxes": self.spatial}
+        return tuple(name for name, value in named.items() if value is not None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Both prompts of one expression and what they cost."""
+
+    semantic: SemanticPrompt
+    spatial: SpatialPrompt
+    costs: Costs
+
+
+class Prompter:
+    """The MLLM's view of one image.
+
+    Vision features and the cache's prefix (system turn and image) are computed by the first expression that
+    needs the MLLM; each further one goes back to the end of the prefix. Not thread-safe.
+
+    Args:
+        image: uint8 [H, W, 3] RGB, the original.
+    """
+
+    def __init__(self, bundle: Bundle, mllm: MLLMSession, image: npt.NDArray[np.uint8]) -> None:
+        self._bundle, self._tokenizer, self._mllm, self._image = bundle, bundle.tokenizer, mllm, image
+        self._prefix = bundle.tokenizer.prefix(bundle.manifest.shapes.image_tokens)
+        self._features: Features | None = None
+        self._context: Context | None = None
+
+    def answer(self, request: Request, watch: Stopwatch) -> Answer:
+        """Run the stages whose output is not given; "none" skips the second."""
+        turns: list[Turn] = []
+        semantic = request.semantic
+        if semantic is None:
+            context = self._ready(watch)
+            with watch.stage("semantic"):
+                turns.append(self._first(context, request.ids))
+            semantic = self._tokenizer.semantic(turns[0].tokens)
+            if request.spatial is not None:
+                semantic = replace(semantic, count=min(request.spatial.count, MAX_TARGETS))
+        spatial = request.spatial
+        if spatial is None and semantic.is_none:
+            spatial = SpatialPrompt.empty()
+        if spatial is None:
+            context = self._ready(watch)
+            with watch.stage("spatial"):
+                first = turns[0] if turns else None
+                turns.append(self._second(context, request.ids, semantic, first))
+            spatial = self._tokenizer.spatial(turns[-1].tokens)
+        return Answer(semantic, spatial, _costs(turns))
+
+    def _first(self, context: Context, ids: tuple[int, ...]) -> Turn:
+        prompt, features = self._from_image(context, ids)
+        return generate(context, prompt, self._tokenizer.semantic_constraint, features=features)
+
+    def _second(
+        self, context: Context, ids: tuple[int, ...], semantic: SemanticPrompt, first: Turn | None
+    ) -> Turn:
+        constraint = self._tokenizer.spatial_constraint(semantic.count)
+        between = self._tokenizer.between_stages
+        if first is not None:
+            return generate(context, [*first.unread, *between], constraint)
+        # The first turn was given: its text is read as if the model had written it.
+        prompt, features = self._from_image(context, ids)
+        written = self._tokenizer.encode(semantic.text)
+        return generate(context, [*prompt, *written, *between], constraint, features=features)
+
+    def _ready(self, watch: Stopwatch) -> Context:
+        if self._context is None:
+            with watch.stage("vision"):
+                self._features = self._mllm.encode_image(self._patches())
+                self._context = self._mllm.open()
+        return self._context
+
+    def _from_image(self, context: Context, ids: tuple[int, ...]) -> tuple[list[int], Features | None]:
+        """Back to the end of the image, or to the beginning if the cache does not hold the image yet."""
+        held = len(self._prefix) if context.length >= len(self._prefix) else 0
+        context.truncate(held)
+        return [*self._prefix[held:], *ids], None if held else self._features
+
+    def _patches(self) -> Float32Array:
+        config = self._bundle.config.mllm
+        small = images.resize(self._image, config.image_size)
+        pixels = images.normalise(small, config.mean, config.std)
+        return images.patchify(pixels, config.patch, config.merge, config.temporal)
+
+
+def _costs(turns: list[Turn]) -> Costs:
+    return Costs(
+        sum(len(turn.tokens) for turn in turns),
+        sum(turn.forward_calls for turn in turns),
+        sum(turn.reused_tokens for turn in turns),
+    )

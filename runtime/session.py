@@ -1,0 +1,112 @@
+"""What an engine must offer, and the registry that loads one by name.
+
+Everything else in ``runtime`` is written against these protocols; each engine library is imported in its own
+file, and only when a bundle is opened with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ppcr.errors import UsageError
+
+if TYPE_CHECKING:
+    from runtime.bundle import Bundle
+
+Float32Array = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+
+# Engine-specific image features: an array, or a handle to device memory. Only the session reads them.
+Features = Any
+
+
+class Context(Protocol):
+    """One conversation of the MLLM: a KV cache and how much of it is filled. Not thread-safe."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        ...
+
+    def extend(self, token_ids: Sequence[int], features: Features | None = None) -> Float32Array:
+        """Run a block of any length and return the logits f32 [vocabulary] after its last token.
+
+        ``features`` take the places of the image tokens in the block, in order. The array may be overwritten
+        by the next call. Raises ValueError when the block does not fit, or image tokens and features differ.
+        """
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position ``length`` on, at no cost."""
+        ...
+
+
+class MLLMSession(Protocol):
+    """The prompt MLLM on an engine. May be shared by threads."""
+
+    def encode_image(self, patches: Float32Array) -> Features:
+        """Patches f32 [patches, patch_dim] (``ppcr.images.patchify``) to the features of one image."""
+        ...
+
+    def open(self, max_length: int | None = None) -> Context:
+        """An empty conversation with its own KV cache, ``max_length`` tokens long (default: the most)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N prompts of one image, of one expression or of several.
+
+    Attributes:
+        boxes: f32 [N, 4] xyxy in 0..1; points: f32 [N, 2] xy in 0..1.
+        spatial_valid: f32 [N], 1 to use box and point, 0 to segment by text alone.
+        text_embeddings: f32 [N, T, hidden]: rows of the MLLM's input embedding; text_mask: bool [N, T].
+    """
+
+    boxes: Float32Array
+    points: Float32Array
+    spatial_valid: Float32Array
+    text_embeddings: Float32Array
+    text_mask: BoolArray
+
+
+class SegmenterSession(Protocol):
+    """The segmenter on an engine. May be shared by threads."""
+
+    def encode(self, pixels: Float32Array) -> Features:
+        """Pixels f32 [3, H, W], normalised, to the features of one image."""
+        ...
+
+    def decode(self, features: Features, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
+        """Mask logits f32 [N, h, w] (above 0: foreground) and scores f32 [N] in 0..1."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sessions:
+    """Both models of a bundle on one engine."""
+
+    mllm: MLLMSession
+    segmenter: SegmenterSession
+
+
+BACKENDS: dict[str, str] = {"onnxruntime": "runtime.onnxruntime_session"}
+"""Engine name -> module with ``load(bundle, *, threads) -> Sessions``."""
+
+
+def load_sessions(backend: str, bundle: Bundle, *, threads: int) -> Sessions:
+    """Both sessions of ``bundle`` on the engine called ``backend``.
+
+    Raises:
+        UsageError: no such engine. EngineError: it is not installed here or refuses the bundle.
+    """
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown engine {backend!r}; the engines are: {', '.join(BACKENDS)}")
+    sessions: Sessions = importlib.import_module(BACKENDS[backend]).load(bundle, threads=threads)
+    return sessions
