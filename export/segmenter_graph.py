@@ -37,7 +37,8 @@ class _Encode(nn.Module):
         self.segmenter = segmenter
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(self.segmenter.encode(pixels))
+        features = self.segmenter.encode(pixels)
+        return features.image_features, features.high_res_0, features.high_res_1
 
 
 class _Decode(nn.Module):
