@@ -1,4 +1,4 @@
-"""What both training commands share: EMA, resumable state, schedule, time budget, stop signals and the loss log."""
+"""What both training commands share: EMA, resumable state, schedule, time budget, stop signal, loss log."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cosine(progress: float, *, warmup: float = 0.02, floor: float = 0.02) -> flo
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale each group's learning rate to `factor` times its own base rate (kept as "base_lr" in the group)."""
+    """Set each group's learning rate to `factor` times its first one (kept in the group as "base_lr")."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group.setdefault("base_lr", group["lr"])
 
@@ -91,7 +91,7 @@ class Ema:
 
 
 def save_resume(path: str | Path, **state: Any) -> None:
-    """Write `state` (tensors, numbers, strings and containers of them) so that a kill leaves the old or the new file."""
+    """Write tensors, numbers, strings and containers of them. A kill leaves the old or the new file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
@@ -129,17 +129,22 @@ class Budget:
         return min(1.0, self.elapsed_s / max(1e-9, 60.0 * self.minutes))
 
     def bar(self, label: str) -> tqdm[Any]:
-        """A progress bar in seconds of this budget; set `.n = elapsed_s` and refresh."""
-        bar = tqdm(total=round(60.0 * self.minutes), desc=label, unit="s", bar_format=_BAR, mininterval=2.0)
-        bar.n = round(self.elapsed_s)
-        return bar
+        """A progress bar in seconds of this budget; call `show` on it after each step."""
+        return tqdm(total=max(1, round(60.0 * self.minutes)), desc=label, bar_format=_BAR, mininterval=2.0)
+
+    def show(self, bar: tqdm[Any], note: str = "") -> None:
+        """Move `bar` to the time spent; draws at most every two seconds."""
+        if note:
+            bar.set_postfix_str(note, refresh=False)
+        # Never past the total: tqdm would drop it.
+        bar.update(min(round(self.elapsed_s), bar.total) - bar.n)
 
 
-_BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n:.0f}/{total:.0f}s {postfix}"
+_BAR = "{desc} {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} s{postfix}"
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a flag, so that the loop can save and leave; a second one interrupts."""
+    """Turns the first Ctrl-C or SIGTERM into a flag, so that the loop can save; a second one interrupts."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -168,7 +173,8 @@ class LossLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(self, step: int, **values: float | str) -> None:
-        row = {"step": step, **{k: v if isinstance(v, str) else round(float(v), 6) for k, v in values.items()}}
+        rounded = {k: v if isinstance(v, str) else round(float(v), 6) for k, v in values.items()}
+        row = {"step": step, **rounded}
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
@@ -192,16 +198,15 @@ class LossLog:
         from matplotlib import pyplot
 
         rows = self.rows()
-        names = [name for name in dict.fromkeys(k for row in rows for k in row) if name not in ("step", "seconds")]
+        names = [n for n in dict.fromkeys(k for row in rows for k in row) if n not in ("step", "seconds")]
         series = {n: [(r["step"], r[n]) for r in rows if isinstance(r.get(n), int | float)] for n in names}
         series = {name: points for name, points in series.items() if points}
         if not series:
             return
         columns = min(3, len(series))
-        figure, axes = pyplot.subplots(
-            -(-len(series) // columns), columns, figsize=(4.2 * columns, 2.8 * -(-len(series) // columns)), squeeze=False
-        )
-        for axis in axes.flat[len(series):]:
+        lines = -(-len(series) // columns)
+        figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+        for axis in axes.flat[len(series) :]:
             axis.set_visible(False)
         for axis, (name, points) in zip(axes.flat, series.items(), strict=False):
             steps, values = zip(*points, strict=True)

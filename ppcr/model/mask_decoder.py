@@ -1,0 +1,151 @@
+"""The two-way mask decoder: prompts and image cells read each other, then each prompt draws its mask."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ppcr.model.image_encoder import ImageFeatures
+from ppcr.model.layers import Mlp, Norm, TokenAttention, merge_heads, split_heads
+from ppcr.model.prompt_encoder import EncodedPrompts
+
+
+class PromptFeatureAttention(nn.Module):
+    """Attention between a few prompt tokens and many image cells, in either direction.
+
+    The one place where prompts meet image features: prompt to image (skinny queries, long keys) and image to
+    prompt (long queries, skinny keys). The inner width heads * head_dim is narrower than the model.
+
+    Shapes: queries f[B, K or 1, Q, C], keys and values f[B, K or 1, N, C] -> f[B, K, Q, C]. A dimension of 1
+    is shared by all prompts of an image: it broadcasts in the products and is never copied by the caller.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        inner = heads * head_dim
+        self.heads, self.scale = heads, 1.0 / math.sqrt(head_dim)
+        self.q, self.k, self.v = (nn.Linear(dim, inner) for _ in range(3))
+        self.out = nn.Linear(inner, dim)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q, k, v = (
+            split_heads(p(x), self.heads) for p, x in ((self.q, queries), (self.k, keys), (self.v, values))
+        )
+        weights = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1)
+        return self.out(merge_heads(weights @ v))
+
+
+class TwoWayLayer(nn.Module):
+    """Tokens among themselves, tokens from image, MLP, image from tokens; each with a residual and a norm.
+
+    tokens f[B, K, M, C], image f[B, K or 1, N, C], token_position like tokens, cell_position f[N, C]
+    -> tokens, image f[B, K, N, C].
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, mlp: int) -> None:
+        super().__init__()
+        self.self_attention = TokenAttention(dim, heads)
+        self.prompt_to_image = PromptFeatureAttention(dim, heads, head_dim)
+        self.mlp = Mlp(dim, mlp)
+        self.image_to_prompt = PromptFeatureAttention(dim, heads, head_dim)
+        self.norms = nn.ModuleList(Norm(dim) for _ in range(4))
+
+    def forward(
+        self, tokens: Tensor, image: Tensor, token_position: Tensor, cell_position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        placed = tokens + token_position
+        tokens = self.norms[0](tokens + self.self_attention(placed, placed, tokens))
+        placed_image = image + cell_position
+        tokens = self.norms[1](tokens + self.prompt_to_image(tokens + token_position, placed_image, image))
+        tokens = self.norms[2](tokens + self.mlp(tokens))
+        image = self.norms[3](image + self.image_to_prompt(placed_image, tokens + token_position, tokens))
+        return tokens, image
+
+
+class MaskDecoder(nn.Module):
+    """Features of B images, prompts [B, K] -> mask logits f[B, K, S/2, S/2] and scores f32[B, K] in 0..1.
+
+    Upscaling keeps the 4x4 pixels of a cell in the channel dimension until the mask is one channel deep: the
+    image's high-resolution features are rearranged once, and nothing but masks is permuted per prompt.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        grid: int,
+        high_res: tuple[int, int],
+        layers: int,
+        heads: int,
+        head_dim: int,
+        mlp: int,
+    ) -> None:
+        super().__init__()
+        c0, c1 = high_res
+        self.grid, self.high_res = grid, high_res
+        self.queries = nn.Parameter(torch.randn(2, dim))  # mask, score
+        self.layers = nn.ModuleList(TwoWayLayer(dim, heads, head_dim, mlp) for _ in range(layers))
+        self.last_prompt_to_image = PromptFeatureAttention(dim, heads, head_dim)
+        self.last_norm = Norm(dim)
+        self.up_0, self.up_1 = nn.Linear(dim, 4 * c0), nn.Linear(c0, 4 * c1)
+        self.skip_0, self.skip_1 = nn.Linear(c0, c0), nn.Linear(c1, c1)
+        self.mask_head = Mlp(dim, dim, c1 + 1)
+        self.score_head = Mlp(dim, dim, 1)
+        with torch.no_grad():
+            self.mask_head[-1].bias[-1] = -3.0  # an empty mask to begin with: objects are small
+
+    def forward(
+        self, features: ImageFeatures, prompts: EncodedPrompts, cell_position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        image = features.image_features.flatten(2).transpose(1, 2).unsqueeze(1)
+        cell_position = cell_position.to(image.dtype)
+        b, k = prompts.tokens.shape[:2]
+        queries = self.queries.to(prompts.tokens.dtype).expand(b, k, -1, -1)
+        position = torch.cat([queries, prompts.tokens], dim=-2)
+        tokens = position
+        for index, layer in enumerate(self.layers):
+            tokens, image = layer(tokens, image, position, cell_position)
+            if index == 0:
+                # Joins only now, so that all prompts of an image share the first layer's keys and values.
+                image = image + prompts.dense
+        attended = self.last_prompt_to_image(tokens + position, image + cell_position, image)
+        tokens = self.last_norm(tokens + attended)
+        mask_token, score_token = tokens[..., 0, :], tokens[..., 1, :]
+        scores = torch.sigmoid(self.score_head(score_token).float()).squeeze(-1)
+        return self._draw(image, features, self.mask_head(mask_token)), scores
+
+    def _draw(self, image: Tensor, features: ImageFeatures, weights: Tensor) -> Tensor:
+        """Cells f[B, K, N, C] and mask weights f[B, K, C1 + 1] -> logits f[B, K, 4*grid, 4*grid]."""
+        c0, c1 = self.high_res
+        # Cells of the grid, then the 2x2 quarters of a cell, then the 2x2 pixels of a quarter.
+        high_0 = _quarters(self.skip_0(_rows(features.high_res_0)), self.grid)  # [B, 1, N, 4, C0]
+        high_1 = _sixteenths(self.skip_1(_rows(features.high_res_1)), self.grid)  # [B, 1, N, 4, 4, C1]
+        x = (self.up_0(image).unflatten(-1, (4, c0)) + high_0).relu()
+        x = (self.up_1(x).unflatten(-1, (4, c1)) + high_1).relu()  # [B, K, N, 4, 4, C1]
+        x = x.flatten(2, 4)
+        logits = x @ weights[..., :c1, None] + weights[..., None, c1:]  # [B, K, N*16, 1]
+        g = self.grid
+        logits = logits.reshape(*logits.shape[:2], g, g, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+        return logits.flatten(5, 7).flatten(2, 4)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """f[B, C, h, w] -> f[B, h*w, C]"""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _quarters(x: Tensor, grid: int) -> Tensor:
+    """Pixels f[B, (2*grid)**2, C] -> f[B, 1, grid*grid, 4, C], the 2x2 pixels of each cell.
+
+    Channels stay innermost in the permutation, which thus moves blocks instead of single numbers.
+    """
+    x = x.unflatten(1, (grid, 2, grid, 2)).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2).unsqueeze(1)
+
+
+def _sixteenths(x: Tensor, grid: int) -> Tensor:
+    """Pixels f[B, (4*grid)**2, C] -> f[B, 1, grid*grid, 4, 4, C], the 2x2 pixels of a cell's 2x2 quarters."""
+    x = x.unflatten(1, (grid, 2, 2, grid, 2, 2)).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).unsqueeze(1)
