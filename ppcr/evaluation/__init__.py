@@ -1,0 +1,1 @@
+"""Named metric protocols: how masks are compared with the truth, and how cases become figures."""
