@@ -101,10 +101,10 @@ class PointingHead(nn.Module):
         key = self.key(image).float().view(*image.shape[:2], 2, self.channels)[scene]
         logits = torch.einsum("mhc,mphc->mhp", query, key)
         logits = torch.cat([logits, torch.einsum("mhc,hc->mh", query, self.nothing)[..., None]], -1)
-        logits = logits / self.channels**0.5
+        logits = logits.float() / self.channels**0.5
         cells = _cells(centres, self.grid)[scene]  # [M, N]
         target = torch.zeros_like(logits)
-        target.scatter_(-1, cells[:, None].expand(-1, 2, -1), wanted.float(), reduce="add")
+        target.scatter_add_(-1, cells[:, None].expand(-1, 2, -1), wanted.float())
         target[..., -1] = (~wanted.any(-1)).float()
         target = target.clamp_(max=1.0)
         target = target / target.sum(-1, keepdim=True)

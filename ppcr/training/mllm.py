@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ppcr.data.expressions import sample_expressions
 from ppcr.data.graph import sample_scene
 from ppcr.model.checkpoint import save_mllm
-from ppcr.model.mllm import TinyMLLM, build_mllm, text_hidden, vision_features
+from ppcr.model.mllm import PLAIN, TinyMLLM, build_mllm, text_hidden, vision_features
 from ppcr.model.tokenizer import save_tokenizer, train_tokenizer
 from ppcr.prompts import LOCATION_BINS
 from ppcr.tokenizer import PromptTokenizer
@@ -55,13 +55,13 @@ class Recipe:
     batch: int = 16
     length: int = 384
     conversations: int = 7
-    muon_lr: float = 2e-3
+    muon_lr: float = 3e-3
     adam_lr: float = 1.5e-3
     weight_decay: float = 0.02
     ema: float = 0.998
-    look_until: float = 0.10
-    level_1_at: float = 0.22
-    level_2_at: float = 0.40
+    look_until: float = 0.05
+    level_1_at: float = 0.15
+    level_2_at: float = 0.30
     tap: int = 4
     seed: int = 0
 
@@ -146,7 +146,10 @@ def to_device(batch: dict[str, Any], size: TinyMLLM, device: torch.device) -> tu
     scenes = batch.pop("scenes")
     if not isinstance(scenes, Scenes):
         scenes = draw(scenes, size.image_size, size.patch, size.merge, device)
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}, scenes
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    if device.type == "cpu":  # plain_attention adds its mask
+        batch["mask"] = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16).masked_fill_(~batch["mask"], -1e4)
+    return batch, scenes
 
 
 def corpus(scenes: int = 4000, *, seed: int = 0) -> list[str]:
@@ -164,7 +167,7 @@ def level_at(progress: float, recipe: Recipe) -> int:
     return sum(progress >= t for t in (recipe.look_until, recipe.level_1_at, recipe.level_2_at)) - 1
 
 
-def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int, compiled: bool) -> Path:
+def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -> Path:
     """Train until the budget is spent or a stop signal comes. Returns the MLLM's directory."""
     output.mkdir(parents=True, exist_ok=True)
     if not (output / "mllm" / "tokenizer.json").exists():
@@ -173,6 +176,8 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int, c
     size = TinyMLLM()
     trainer = Trainer(build_mllm(size, tokenizer, seed=recipe.seed), size, tokenizer.first_location, recipe.tap)
     trainer.to(device).train()
+    if device.type == "cpu":
+        trainer.model.model.language_model.config._attn_implementation = PLAIN
     opts = optimizers(trainer, recipe)
     ema = Ema(trainer.model, recipe.ema)
     resume = output / "resume.pt"
@@ -196,8 +201,6 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int, c
         packer, batch=recipe.batch, seed=recipe.seed, start=step, level=level, render_here=render_here
     )
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
-    look = torch.compile(trainer.look) if compiled else trainer.look
-    talk = torch.compile(trainer) if compiled else trainer
     log = LossLog(output / "loss.jsonl")
     saved_at = time.monotonic()
     with StopSignal() as stop, budget.bar("mllm") as bar:
@@ -209,7 +212,7 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int, c
             sigma = 10.0 - 6.0 * budget.progress
             talking = budget.progress >= recipe.look_until and bool((batch["labels"] != IGNORE).any())
             with autocast(device):
-                terms = talk(batch, scenes, sigma) if talking else look(scenes)[1]
+                terms = trainer(batch, scenes, sigma) if talking else trainer.look(scenes)[1]
                 loss = terms["look"] * (0.3 if talking else 1.0)
                 if talking:
                     loss = loss + terms["word"] + 0.5 * terms["place"] + 0.5 * terms["point"]
@@ -261,7 +264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1, help="loading processes (0: in this one)")
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument("--adam-lr", type=float, default=Recipe.adam_lr)
-    parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run in --output")
     options = parser.parse_args(argv)
     if options.fresh:
@@ -278,7 +280,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.output,
         device=pick_device(options.device),
         workers=options.workers,
-        compiled=not options.no_compile,
     )
     print(folder)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,8 @@ class Conversations(IterableDataset[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(1)
         info = torch.utils.data.get_worker_info()
+        if info is not None:
+            os.nice(5)  # on a small CPU the training threads, which wait for each other, come first
         step, stride = (self.start, 1) if info is None else (self.start + info.id, info.num_workers)
         while True:
             yield self.make(step)
@@ -88,7 +91,8 @@ class Conversations(IterableDataset[dict[str, Any]]):
         graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch)]
         level = int(self.level.value)
         packs = [
-            self.packer.pack(sample_expressions(g, self.packer.conversations, rng, level)) for g in graphs
+            self.packer.pack(sample_expressions(g, self.packer.conversations, rng, level) if level >= 0 else [])
+            for g in graphs
         ]
         arrays = stack(packs)
         out: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items()}
