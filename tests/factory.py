@@ -23,7 +23,16 @@ from export.vision_graph import write_vision
 from ppcr.checkpoint import Checkpoint
 from ppcr.config import PPCRConfig
 from ppcr.files import write_json
-from ppcr.manifest import EMBEDDING, EMBEDDING_KEY, PREPROCESS, TOKENIZER, FileEntry, Manifest, Shapes, files_below
+from ppcr.manifest import (
+    EMBEDDING,
+    EMBEDDING_KEY,
+    PREPROCESS,
+    TOKENIZER,
+    FileEntry,
+    Manifest,
+    Shapes,
+    files_below,
+)
 from ppcr.model.checkpoint import save_mllm
 from ppcr.model.mllm import TinyMLLM, build_mllm
 from ppcr.model.segmenter import Segmenter
@@ -78,7 +87,7 @@ def random_checkpoint() -> Path:
 
 @cache
 def random_bundle() -> Path:
-    """A bundle of `random_checkpoint` with its "fp32" graphs, and the same again as "int8". Do not change it."""
+    """A bundle of `random_checkpoint`: fp32 graphs, and the same again called int8. Not to be changed."""
     root = workplace() / "bundle"
     checkpoint = Checkpoint.open(random_checkpoint())
     segmenter = Segmenter.load(checkpoint.segmenter)
