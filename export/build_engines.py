@@ -1,0 +1,182 @@
+"""Checkpoint to bundle: ``python export/build_engines.py [--checkpoint DIR] [--output DIR] [--precision …]``.
+
+Writes the graphs at every precision, then holds each to the torch reference on held-out scenes. The bundle is
+built beside its place and renamed into it: an error, or Ctrl-C, leaves nothing. Exit codes: `ppcr.errors`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from ppcr.checkpoint import SHIPPED, Checkpoint
+from ppcr.errors import BundleError, run_cli
+from ppcr.files import atomic_directory
+from ppcr.manifest import MANIFEST, Manifest, Parity
+
+if TYPE_CHECKING:
+    from export.bundle import BundleWriter
+    from export.parity import Progress
+
+DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
+PRECISIONS = ("fp32", "int8")
+PARITY_SCENES = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_cli(lambda: _main(argv))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    summary = "Export a checkpoint to a bundle that runs without torch, held to the parity gate."
+    out = argparse.ArgumentParser(description=summary)
+    shipped = "default: the shipped ppcr-tiny"
+    out.add_argument("--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help=shipped)
+    output = "default: %(default)s"
+    out.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help=output)
+    out.add_argument(
+        "--precision",
+        type=_precisions,
+        default=PRECISIONS,
+        metavar="P[,P]",
+        help=f"of {', '.join(PRECISIONS)}, the first being the default of the bundle (default: all)",
+    )
+    out.add_argument(
+        "--parity-scenes",
+        type=_positive,
+        default=PARITY_SCENES,
+        metavar="N",
+        help="held-out scenes of the parity gate (default: %(default)s)",
+    )
+    out.add_argument(
+        "--allow-parity-failure",
+        action="store_true",
+        help="write the bundle even where it disagrees with the reference; its manifest will say so",
+    )
+    out.add_argument("--force", action="store_true", help="build even if the bundle is up to date")
+    return out
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = parser().parse_args(argv)
+    checkpoint = Checkpoint.open(options.checkpoint)
+    if not options.force and is_current(options.output, checkpoint, options):
+        print(f"{options.output} is up to date with {checkpoint.root} (--force builds it again)")
+        return 0
+    with atomic_directory(options.output, marker=MANIFEST) as part:
+        build(checkpoint, part, options)
+    print(f"bundle: {options.output}")
+    return 0
+
+
+def is_current(output: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> bool:
+    """Whether ``output`` holds what these options would build, by the same tools, whole and unchanged."""
+    if not (output / MANIFEST).is_file():
+        return False
+    from export.bundle import tools
+
+    try:
+        manifest = Manifest.load(output)
+        manifest.verify(output)
+    except BundleError:
+        return False
+    return (
+        manifest.source == checkpoint.source_hash()
+        and tuple(manifest.precisions) == options.precision
+        and manifest.tools == tools()
+        and all(parity.scenes >= options.parity_scenes for parity in manifest.parity.values())
+        and (options.allow_parity_failure or all(parity.passed for parity in manifest.parity.values()))
+    )
+
+
+def build(checkpoint: Checkpoint, part: Path, options: argparse.Namespace) -> None:
+    """Fill the empty directory ``part`` and hold it to the gate.
+
+    Raises:
+        CheckpointError, OutputError: the inputs or the place are at fault.
+        ParityError: under the gate, and that was not allowed.
+    """
+    from tqdm import tqdm
+
+    from export.bundle import GRAPHS, BundleWriter
+    from export.parity import require
+
+    steps = len(GRAPHS) * (1 + sum(p != "fp32" for p in options.precision))
+    steps += options.parity_scenes * (1 + len(options.precision))
+    with tqdm(total=steps, unit="step", file=sys.stderr, disable=None) as bar:
+
+        def progress(name: str) -> None:
+            bar.set_description_str(name)
+            bar.update()
+
+        writer = BundleWriter(checkpoint, part, progress)
+        shapes = writer.write_graphs(options.precision)
+        writer.write_common()
+        manifest = writer.manifest(options.precision, shapes)
+        manifest.save(part)
+        figures = _parity(checkpoint, part, options, progress)
+    print(table(writer, manifest, figures))
+    if not options.allow_parity_failure:
+        require(figures)
+    failed = not all(parity.passed for parity in figures.values())
+    writer.manifest(options.precision, shapes, parity=figures, allowed=failed).save(part)
+
+
+def _parity(
+    checkpoint: Checkpoint, part: Path, options: argparse.Namespace, progress: Progress
+) -> dict[str, Parity]:
+    from transformers.utils import logging as transformers_logging
+
+    from export.parity import make_cases, measure
+    from ppcr.model.reference import ReferencePipeline
+
+    transformers_logging.disable_progress_bar()
+    reference = ReferencePipeline.load(checkpoint)
+    cases = make_cases(reference, options.parity_scenes, progress)
+    return {precision: measure(part, precision, cases, progress) for precision in options.precision}
+
+
+def table(writer: BundleWriter, manifest: Manifest, figures: dict[str, Parity]) -> str:
+    """Sizes and times of the graphs, then the gate's figures, a line each."""
+    lines = [f"{'file':<36}{'MB':>8}{'s':>8}"]
+    for name, entry in manifest.files.items():
+        seconds = f"{writer.seconds[name]:.1f}" if name in writer.seconds else ""
+        lines.append(f"{name:<36}{entry.bytes / 1e6:>8.2f}{seconds:>8}")
+    lines.append("")
+    lines.append(f"{'parity':<12}{'scenes':>8}{'tokens':>10}{'mean IoU':>10}{'worst IoU':>11}  gate")
+    for precision, p in figures.items():
+        verdict = "passed" if p.passed else "FAILED"
+        share = f"{p.identical_tokens:.1%}"
+        row = f"{precision:<12}{p.scenes:>8}{share:>10}{p.mean_iou:>10.4f}{p.worst_iou:>11.4f}  {verdict}"
+        lines.append(row)
+    return "\n".join(lines)
+
+
+def _precisions(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    unknown = [name for name in names if name not in PRECISIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}")
+    return names
+
+
+def _positive(text: str) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return number
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
