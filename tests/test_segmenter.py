@@ -268,21 +268,29 @@ def trainer(output: Path, chosen: Recipe, **options: object) -> Trainer:
     return Trainer(chosen, output, embedding=embedding, encode=encode, device=device, config=SMALL, **options)
 
 
-def test_training_learns_saves_and_resumes(tmp_path: Path) -> None:
-    first = trainer(tmp_path, recipe())
+def test_training_learns(tmp_path: Path) -> None:
+    """Fixed steps on a few scenes: a count of steps, not of seconds, so that a slow machine passes too."""
+    learner = trainer(tmp_path, recipe(lr=4e-3))
+    learner.mix = PromptMix(drop_spatial=0.0, wrong_box=0.0, jitter=((1.0, 0.0, 0.01),))
+    learner.pool.add(4)
+    learner.model.train()
+    history = [{k: float(v) for k, v in learner.train_step().items()} for _ in range(120)]
+    first, last = history[:10], history[-10:]
+    for name in ("loss", "dice", "dense"):
+        assert sum(h[name] for h in last) < 0.8 * sum(h[name] for h in first), name
+    assert sum(h["iou"] for h in last) / 10 > 0.3
+
+
+def test_training_saves_and_resumes(tmp_path: Path) -> None:
+    first = trainer(tmp_path, recipe(minutes=0.05))
     first.run()
-    losses = [row["loss"] for row in LossLog(tmp_path / "loss.jsonl").rows() if "loss" in row]
-    assert losses[-1] < 0.7 * losses[0]
     assert (tmp_path / "loss.png").stat().st_size > 1000
     saved = Segmenter.load(tmp_path / "segmenter")
     assert torch.equal(saved.mask_decoder.queries, first.ema.shadow["mask_decoder.queries"])
 
-    again = trainer(tmp_path, recipe(minutes=0.2))
-    assert (
-        again.step == first.step
-        and again.budget.spent_s > 8.0
-        and again.pool.next_seed == first.pool.next_seed
-    )
+    again = trainer(tmp_path, recipe(minutes=0.1))
+    assert again.step == first.step and again.pool.next_seed == first.pool.next_seed
+    assert again.budget.spent_s >= 3.0
     assert torch.equal(again.model.mask_decoder.queries, first.model.mask_decoder.queries)
     with pytest.raises(ValueError, match="use another --output"):
         trainer(tmp_path, recipe(train="text"))
