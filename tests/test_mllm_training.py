@@ -1,0 +1,108 @@
+"""The MLLM's training command on a CPU: losses fall, a stopped run goes on, the result is a stock checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ppcr.data.graph import sample_scene
+from ppcr.images import normalise, patchify
+from ppcr.model.checkpoint import load_mllm
+from ppcr.model.mllm import TinyMLLM
+from ppcr.training import mllm as training
+from ppcr.training.common import LossLog, load_resume
+from ppcr.training.grounding_loss import ObjectHead, PointingHead, location_targets
+from ppcr.training.mllm_data import IMAGE_MEAN, IMAGE_STD, Conversations, draw
+from ppcr.training.mllm_data import patchify as torch_patchify
+from ppcr.training.packing import Packer
+
+RECIPE = training.Recipe(minutes=0.08, batch=2, look_until=0.2, level_1_at=0.4, level_2_at=0.6)
+
+
+def test_a_run_writes_a_checkpoint_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "corpus", lambda: ["the red cube", "cube; red; any; one", "all spheres left of it"])
+    device = torch.device("cpu")
+    folder = training.train(RECIPE, tmp_path, device=device, workers=0)
+    first = load_resume(tmp_path / "resume.pt")
+    assert first is not None and first["step"] >= 2
+    assert load_mllm(folder).config.model_type == "qwen2_5_vl"
+    training.train(dataclasses.replace(RECIPE, minutes=0.12), tmp_path, device=device, workers=0)
+    second = load_resume(tmp_path / "resume.pt")
+    assert second is not None and second["step"] > first["step"] and second["spent_s"] > first["spent_s"]
+    name = "model.model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(first["trainer"][name], second["trainer"][name])
+
+
+def test_patches_equal_the_runtime_preprocessing() -> None:
+    image = (torch.rand(2, 3, 64, 64) * 255).round()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
+    ours = torch_patchify((image / 255 - mean) / std, 8, 2)
+    for one, expected in zip(image, ours, strict=True):
+        pixels = one.permute(1, 2, 0).numpy().astype(np.uint8)
+        patches = patchify(normalise(pixels, IMAGE_MEAN, IMAGE_STD), 8, 2, 2)
+        np.testing.assert_allclose(patches, expected.numpy(), atol=1e-5)
+
+
+def test_a_step_depends_on_the_seed_alone() -> None:
+    level = multiprocessing.Value("i", 2)
+    size = TinyMLLM()
+
+    def batch(start: int):  # type: ignore[no-untyped-def]
+        data = Conversations(packer, batch=2, seed=3, start=start, level=level, render_here=(128, 8, 2, "cpu"))
+        return data.make(start)
+
+    tokenizer = training.PromptTokenizer(training.train_tokenizer(["the red cube", "cube; red; any; one"] * 5))
+    packer = Packer(tokenizer, grid=size.grid, length=512, objects=14, conversations=4)
+    one, two, other = batch(4), batch(4), batch(5)
+    assert torch.equal(one["ids"], two["ids"]) and torch.equal(one["scenes"].patches, two["scenes"].patches)
+    assert not torch.equal(one["ids"], other["ids"])
+
+
+def test_object_head_is_right_when_told_the_answer_and_gradients_reach_features() -> None:
+    graphs = [sample_scene("crowded", 4), sample_scene("train", 9)]
+    scenes = draw(graphs, 64, 8, 2, "cpu")
+    head = ObjectHead(16, 8)
+    features = torch.randn(2, 64, 16, requires_grad=True)
+    terms = head(features, scenes.boxes, scenes.points, scenes.classes, scenes.present)
+    terms["look"].backward()
+    assert features.grad is not None and features.grad.abs().sum() > 0
+    assert 0 <= float(terms["found"]) <= 1
+
+
+def test_pointing_prefers_the_wanted_cell_and_the_nothing_choice() -> None:
+    head = PointingHead(8, 4, channels=8)
+    image = torch.randn(1, 16, 8)
+    centres = torch.tensor([[[0.9, 0.1], [0.1, 0.9]]])
+    with torch.no_grad():
+        head.query.weight.zero_()
+        head.query.bias.zero_()
+        head.key.weight.copy_(torch.eye(8).repeat(2, 1))
+        head.key.bias.zero_()
+    answers, scene = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
+    wanted = torch.tensor([[[True, False], [False, False]]])
+    flat, _ = head(answers, scene, image, centres, wanted)
+    # All logits are equal: each of the two questions costs the entropy of 16 cells and nothing.
+    assert float(flat.detach()) == pytest.approx(np.log(17), rel=1e-5)
+    with torch.no_grad():
+        head.query.bias[:8] = 20 * image[0, 3]  # cell of (0.9, 0.1): column 3 of row 0
+    better, right = head(answers, scene, image, centres, wanted)
+    assert float(better) < float(flat) and float(right) == 1.0
+
+
+def test_location_targets_peak_at_the_value() -> None:
+    soft = location_targets(torch.tensor([0.25, 0.9995]), 4.0)
+    assert soft.argmax(-1).tolist() in ([249, 999], [250, 999])
+    assert soft.sum(-1).tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_loss_log_survives_a_half_written_line(tmp_path: Path) -> None:
+    log = LossLog(tmp_path / "loss.jsonl")
+    log.append(1, word=0.5)
+    with (tmp_path / "loss.jsonl").open("a") as stream:
+        stream.write('{"step": 2, "wo')
+    assert log.rows() == [{"step": 1, "word": 0.5}]
