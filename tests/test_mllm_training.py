@@ -25,7 +25,8 @@ RECIPE = training.Recipe(minutes=0.08, batch=2, look_until=0.2, level_1_at=0.4, 
 
 
 def test_a_run_writes_a_checkpoint_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "corpus", lambda: ["the red cube", "cube; red; any; one", "all spheres left of it"])
+    few = training.corpus(200)
+    monkeypatch.setattr(training, "corpus", lambda: few)
     device = torch.device("cpu")
     folder = training.train(RECIPE, tmp_path, device=device, workers=0)
     first = load_resume(tmp_path / "resume.pt")
@@ -56,7 +57,7 @@ def test_a_step_depends_on_the_seed_alone() -> None:
         data = Conversations(packer, batch=2, seed=3, start=start, level=level, render_here=(128, 8, 2, "cpu"))
         return data.make(start)
 
-    tokenizer = training.PromptTokenizer(training.train_tokenizer(["the red cube", "cube; red; any; one"] * 5))
+    tokenizer = training.PromptTokenizer(training.train_tokenizer(training.corpus(100)))
     packer = Packer(tokenizer, grid=size.grid, length=512, objects=14, conversations=4)
     one, two, other = batch(4), batch(4), batch(5)
     assert torch.equal(one["ids"], two["ids"]) and torch.equal(one["scenes"].patches, two["scenes"].patches)
