@@ -91,10 +91,15 @@ class PPCRConfig:
                 "install the ppcr that wrote it, or train or compose the checkpoint again"
             )
         try:
-            parts = {"mllm": _read(MLLMConfig, data["mllm"]), "segmenter": _read(SegmenterConfig, data["segmenter"])}
+            parts = {
+                "mllm": _read(MLLMConfig, data["mllm"]),
+                "segmenter": _read(SegmenterConfig, data["segmenter"]),
+            }
             return cls(**{**data, **parts})
         except (TypeError, KeyError) as error:
-            raise CheckpointError(f"config.json of the checkpoint does not fit this version of ppcr: {error}") from None
+            raise CheckpointError(
+                f"the checkpoint's config.json does not fit this version of ppcr: {error}"
+            ) from None
 
     @classmethod
     def load(cls, checkpoint: Path) -> Self:
@@ -104,7 +109,7 @@ class PPCRConfig:
             data = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise CheckpointError(
-                f"{checkpoint} is not a checkpoint: it has no config.json (expected config.json, mllm/, segmenter/)"
+                f"{checkpoint} is not a checkpoint: expected config.json, mllm/ and segmenter/ in it"
             ) from None
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot read {path}: {error}") from None

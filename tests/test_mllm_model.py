@@ -66,7 +66,9 @@ def test_plain_attention_equals_torch(length: int) -> None:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", PLAIN])
-def test_packed_conversations_equal_separate_stock_forwards(model, tokenizer: PromptTokenizer, attention: str) -> None:  # type: ignore[no-untyped-def]
+def test_packed_conversations_equal_separate_stock_forwards(
+    model, tokenizer: PromptTokenizer, attention: str
+) -> None:  # type: ignore[no-untyped-def]
     rng = np.random.default_rng(5)
     graph = sample_scene("train", 77)
     expressions = sample_expressions(graph, 5, rng)
@@ -89,7 +91,9 @@ def test_packed_conversations_equal_separate_stock_forwards(model, tokenizer: Pr
         language.config._attn_implementation = attention
         if attention == PLAIN:
             mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
-        hidden, _ = text_hidden(language, embeddings, torch.from_numpy(batch["positions"]).transpose(0, 1), mask, tap=1)
+        hidden, _ = text_hidden(
+            language, embeddings, torch.from_numpy(batch["positions"]).transpose(0, 1), mask, tap=1
+        )
         language.config._attn_implementation = previous
         ours = (hidden @ language.embed_tokens.weight.T)[0]
         for number in range(1, placed + 1):
@@ -124,7 +128,9 @@ def test_saved_model_loads_with_the_same_logits_and_reads_in_both_versions(model
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["rope_scaling"]["mrope_section"] == config["text_config"]["rope_parameters"]["mrope_section"]
+    assert (
+        config["rope_scaling"]["mrope_section"] == config["text_config"]["rope_parameters"]["mrope_section"]
+    )
     assert config["hidden_size"] == SIZE.hidden and config["rope_theta"] == SIZE.rope_theta
 
 

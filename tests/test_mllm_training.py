@@ -1,4 +1,4 @@
-"""The MLLM's training command on a CPU: losses fall, a stopped run goes on, the result is a stock checkpoint."""
+"""The MLLM's training on a CPU: a stopped run goes on, the result is a stock checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ from ppcr.training.packing import Packer
 RECIPE = training.Recipe(minutes=0.08, batch=2, look_until=0.2, level_1_at=0.4, level_2_at=0.6)
 
 
-def test_a_run_writes_a_checkpoint_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_a_checkpoint_and_a_resumed_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     few = training.corpus(200)
     monkeypatch.setattr(training, "corpus", lambda: few)
     device = torch.device("cpu")
@@ -54,7 +56,9 @@ def test_a_step_depends_on_the_seed_alone() -> None:
     size = TinyMLLM()
 
     def batch(start: int):  # type: ignore[no-untyped-def]
-        data = Conversations(packer, batch=2, seed=3, start=start, level=level, render_here=(128, 8, 2, "cpu"))
+        data = Conversations(
+            packer, batch=2, seed=3, start=start, level=level, render_here=(128, 8, 2, "cpu")
+        )
         return data.make(start)
 
     tokenizer = training.PromptTokenizer(training.train_tokenizer(training.corpus(100)))

@@ -1,4 +1,4 @@
-"""Make the sample images shipped with the package: ``python -m ppcr.data.samples --output ppcr/assets/samples``.
+"""Make the sample images shipped with the package: ``python -m ppcr.data.samples``.
 
 The first one suits the expression of the demo; the others are the first scenes of the test split that offer
 each kind of expression. ``samples.json`` holds, for each image, expressions and their true masks.
@@ -71,7 +71,8 @@ def write_samples(output: Path) -> Path:
                 "split": graph.split,
                 "seed": graph.seed,
                 "expressions": [
-                    {"text": text, "masks": [encode_rle(masks[i]) for i in targets]} for text, targets in expressions
+                    {"text": text, "masks": [encode_rle(masks[i]) for i in targets]}
+                    for text, targets in expressions
                 ],
             }
         )
@@ -80,7 +81,9 @@ def write_samples(output: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m ppcr.data.samples", description="Write the sample images.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ppcr.data.samples", description="Write the sample images."
+    )
     parser.add_argument("--output", type=Path, default=Path("ppcr/assets/samples"))
     print(write_samples(parser.parse_args(argv).output))
     return 0

@@ -1,4 +1,4 @@
-"""Write and read the MLLM part of a checkpoint: a plain Qwen2.5-VL directory for transformers 4.57 and 5.x."""
+"""Write and read a checkpoint's MLLM: a plain Qwen2.5-VL directory for transformers 4.57 and 5.x."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def _readable_by_both(path: Path) -> None:
     path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def save_mllm(model: Qwen2_5_VLForConditionalGeneration, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+def save_mllm(
+    model: Qwen2_5_VLForConditionalGeneration, folder: Path, *, dtype: torch.dtype | None = None
+) -> None:
     """Write config.json, generation_config.json and model.safetensors, each renamed into place.
 
     The tokenizer's files are written by ``ppcr.model.tokenizer.save_tokenizer``.
@@ -77,7 +79,9 @@ def load_mllm(folder: Path, *, attention: str = "sdpa") -> Qwen2_5_VLForConditio
         CheckpointError: the directory is missing, incomplete or of another architecture.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json: point --checkpoint at a directory with mllm/ and segmenter/")
+        raise CheckpointError(
+            f"{folder} holds no config.json: point --checkpoint at a directory with mllm/ and segmenter/"
+        )
     try:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True

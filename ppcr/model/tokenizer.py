@@ -21,7 +21,8 @@ from ppcr.prompts import (
 
 # Qwen2's pre-tokenizer: words with their leading space, single digits, punctuation, white space.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 CHAT_TEMPLATE = (
@@ -47,7 +48,12 @@ def train_tokenizer(corpus: Iterable[str], *, text_vocabulary: int = 576) -> Tok
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    fixed = [f" {word}" for word in (*COUNT_WORDS, ANY)] + [SPATIAL_REQUEST, "system\n", "user\n", "assistant\n"]
+    fixed = [f" {word}" for word in (*COUNT_WORDS, ANY)] + [
+        SPATIAL_REQUEST,
+        "system\n",
+        "user\n",
+        "assistant\n",
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=text_vocabulary,
         special_tokens=[],

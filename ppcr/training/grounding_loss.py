@@ -39,7 +39,9 @@ class ObjectHead(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, slots * sum(self.sizes))
 
-    def forward(self, features: Tensor, boxes: Tensor, points: Tensor, classes: Tensor, present: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, features: Tensor, boxes: Tensor, points: Tensor, classes: Tensor, present: Tensor
+    ) -> dict[str, Tensor]:
         """Loss terms.
 
         Args:
@@ -59,13 +61,20 @@ class ObjectHead(nn.Module):
         at = (scene[keep], cells[keep], slot[keep])
         objectness[at] = 1.0
         chosen = out[at].split(self.sizes, -1)
-        loss_object = F.binary_cross_entropy_with_logits(out[..., 0], objectness, reduction="sum") / keep.sum()
+        loss_object = (
+            F.binary_cross_entropy_with_logits(out[..., 0], objectness, reduction="sum") / keep.sum()
+        )
         terms = [F.cross_entropy(chosen[1 + i], classes[keep][:, i]) for i in range(len(CLASS_SIZES))]
         centre = (torch.stack([cells % self.grid, cells // self.grid], -1) + 0.5) / self.grid
-        sides = torch.cat([points - centre, boxes[..., :2] - centre, boxes[..., 2:] - centre], -1)[keep] * self.grid
+        sides = (
+            torch.cat([points - centre, boxes[..., :2] - centre, boxes[..., 2:] - centre], -1)[keep]
+            * self.grid
+        )
         loss_box = F.smooth_l1_loss(chosen[-1], sides, beta=0.1)
         with torch.no_grad():
-            right = torch.stack([chosen[1 + i].argmax(-1) == classes[keep][:, i] for i in range(len(CLASS_SIZES))])
+            right = torch.stack(
+                [chosen[1 + i].argmax(-1) == classes[keep][:, i] for i in range(len(CLASS_SIZES))]
+            )
             found = ((out[..., 0] > 0) & (objectness > 0)).sum() / keep.sum()
         return {
             "look": loss_object * 0.5 + sum(terms) + 2.0 * loss_box,

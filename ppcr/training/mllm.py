@@ -46,6 +46,8 @@ from ppcr.training.grounding_loss import ObjectHead, PointingHead, location_targ
 from ppcr.training.mllm_data import Conversations, Scenes, draw
 from ppcr.training.packing import IGNORE, Packer
 
+CUDA_BATCH, CUDA_WORKERS = 96, 8
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -69,7 +71,9 @@ class Recipe:
 class Trainer(nn.Module):
     """The MLLM and its training-only heads; ``forward`` gives the loss terms of one batch."""
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, size: TinyMLLM, first_location: int, tap: int) -> None:
+    def __init__(
+        self, model: Qwen2_5_VLForConditionalGeneration, size: TinyMLLM, first_location: int, tap: int
+    ) -> None:
         super().__init__()
         self.model, self.size, self.first_location, self.tap = model, size, first_location, tap
         self.objects = ObjectHead(size.hidden, size.grid)
@@ -130,7 +134,8 @@ class Trainer(nn.Module):
 
 def optimizers(trainer: Trainer, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside blocks, AdamW for embeddings, norms, biases and heads."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in trainer.named_parameters():
         inside = ".layers." in name or ".blocks." in name or ".merger.mlp" in name
         (matrices if inside and parameter.ndim == 2 else rest).append(parameter)
@@ -142,13 +147,17 @@ def optimizers(trainer: Trainer, recipe: Recipe) -> list[torch.optim.Optimizer]:
     ]
 
 
-def to_device(batch: dict[str, Any], size: TinyMLLM, device: torch.device) -> tuple[dict[str, Tensor], Scenes]:
+def to_device(
+    batch: dict[str, Any], size: TinyMLLM, device: torch.device
+) -> tuple[dict[str, Tensor], Scenes]:
     scenes = batch.pop("scenes")
     if not isinstance(scenes, Scenes):
         scenes = draw(scenes, size.image_size, size.patch, size.merge, device)
     batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
     if device.type == "cpu":  # plain_attention adds its mask
-        batch["mask"] = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16).masked_fill_(~batch["mask"], -1e4)
+        batch["mask"] = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16).masked_fill_(
+            ~batch["mask"], -1e4
+        )
     return batch, scenes
 
 
@@ -174,7 +183,9 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
         save_tokenizer(train_tokenizer(corpus()), output / "mllm")
     tokenizer = PromptTokenizer.load(output / "mllm" / "tokenizer.json")
     size = TinyMLLM()
-    trainer = Trainer(build_mllm(size, tokenizer, seed=recipe.seed), size, tokenizer.first_location, recipe.tap)
+    trainer = Trainer(
+        build_mllm(size, tokenizer, seed=recipe.seed), size, tokenizer.first_location, recipe.tap
+    )
     trainer.to(device).train()
     if device.type == "cpu":
         trainer.model.model.language_model.config._attn_implementation = PLAIN
@@ -239,7 +250,13 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
 
 
 def _save(
-    output: Path, trainer: Trainer, ema: Ema, opts: list[torch.optim.Optimizer], budget: Budget, step: int, resume: Path
+    output: Path,
+    trainer: Trainer,
+    ema: Ema,
+    opts: list[torch.optim.Optimizer],
+    budget: Budget,
+    step: int,
+    resume: Path,
 ) -> None:
     save_resume(
         resume,
@@ -259,18 +276,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/mllm"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
-    parser.add_argument("--batch", type=int, default=Recipe.batch, help="images a step")
+    parser.add_argument("--batch", type=int, help="images a step (default: 16 on a CPU, 96 on CUDA)")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
-    parser.add_argument("--workers", type=int, default=1, help="loading processes (0: in this one)")
+    parser.add_argument(
+        "--workers", type=int, help="loading processes, 0: in this one (default: 1, on CUDA 8)"
+    )
     parser.add_argument("--muon-lr", type=float, default=Recipe.muon_lr)
     parser.add_argument("--adam-lr", type=float, default=Recipe.adam_lr)
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run in --output")
     options = parser.parse_args(argv)
     if options.fresh:
         shutil.rmtree(options.output, ignore_errors=True)
+    device = pick_device(options.device)
+    on_cuda = device.type == "cuda"
     recipe = Recipe(
         minutes=options.minutes,
-        batch=options.batch,
+        batch=options.batch or (CUDA_BATCH if on_cuda else Recipe.batch),
         seed=options.seed,
         muon_lr=options.muon_lr,
         adam_lr=options.adam_lr,
@@ -278,8 +299,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = train(
         recipe,
         options.output,
-        device=pick_device(options.device),
-        workers=options.workers,
+        device=device,
+        workers=options.workers if options.workers is not None else (CUDA_WORKERS if on_cuda else 1),
     )
     print(folder)
     return 0

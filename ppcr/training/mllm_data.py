@@ -37,7 +37,7 @@ class Scenes:
 
 
 def patchify(images: Tensor, patch: int, merge: int) -> Tensor:
-    """Patches [B, n, 3*2*patch*patch] of normalised images [B, 3, S, S]; the torch twin of ``ppcr.images.patchify``."""
+    """Patches [B, n, 3*2*patch*patch] of normalised images [B, 3, S, S], as ``ppcr.images.patchify`` does."""
     batch, channels, size, _ = images.shape
     blocks = size // patch // merge
     x = images.view(batch, channels, blocks, merge, patch, blocks, merge, patch)
@@ -62,17 +62,21 @@ def draw(graphs: list[SceneGraph], size: int, patch: int, merge: int, device: to
         classes[i, : len(graph)] = torch.from_numpy(
             np.stack([graph.shape, graph.color, graph.material, graph.size], 1)
         )
-    return Scenes(patches, pad(rendered.boxes), pad(rendered.points), classes.to(device), pad(rendered.present))
+    return Scenes(
+        patches, pad(rendered.boxes), pad(rendered.points), classes.to(device), pad(rendered.present)
+    )
 
 
 class Conversations(IterableDataset[dict[str, Any]]):
-    """Endless batches of packed conversations, from step ``start`` on; a step's batch depends on the seed alone.
+    """Endless batches of packed conversations, from step ``start`` on; a step's batch depends on the seed.
 
     ``level(step)`` gives the grammar's difficulty. ``render_here`` renders in the loading process (CPU
     training); otherwise the graphs travel and the training process renders on its device.
     """
 
-    def __init__(self, packer: Packer, *, batch: int, seed: int, start: int, level: Any, render_here: Any) -> None:
+    def __init__(
+        self, packer: Packer, *, batch: int, seed: int, start: int, level: Any, render_here: Any
+    ) -> None:
         self.packer, self.batch, self.seed, self.start = packer, batch, seed, start
         self.level, self.render_here = level, render_here
 
@@ -91,7 +95,9 @@ class Conversations(IterableDataset[dict[str, Any]]):
         graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch)]
         level = int(self.level.value)
         packs = [
-            self.packer.pack(sample_expressions(g, self.packer.conversations, rng, level) if level >= 0 else [])
+            self.packer.pack(
+                sample_expressions(g, self.packer.conversations, rng, level) if level >= 0 else []
+            )
             for g in graphs
         ]
         arrays = stack(packs)

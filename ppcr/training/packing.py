@@ -32,7 +32,7 @@ class Packed:
         labels [T]: id the position must predict, or IGNORE (also where the label is a location).
         label_reference [T]: location reference the position must predict, else -1.
         weight [T]: float32 weight of the position's loss.
-        pointing [T]: conversation index (0-based) at positions that should know where the targets are, else -1.
+        pointing [T]: conversation (0-based) at positions that should know where its targets are, else -1.
         targets [K, N]: bool, targets of each conversation among N objects; landmarks likewise.
     """
 
@@ -118,7 +118,9 @@ class Packer:
         packed.ids[at:end_answer] = question + answer
         spatial = end_answer + len(between)
         packed.ids[end_answer:spatial] = between
-        references = [t * LOCATIONS_PER_INSTANCE + c for t in expression.targets for c in range(LOCATIONS_PER_INSTANCE)]
+        references = [
+            t * LOCATIONS_PER_INSTANCE + c for t in expression.targets for c in range(LOCATIONS_PER_INSTANCE)
+        ]
         packed.reference[spatial : at + size] = references[:-1] if references else []
         packed.positions[:, at : at + size] = self.next_position + np.arange(size)
         packed.segment[at : at + size] = number + 1
