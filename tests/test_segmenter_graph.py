@@ -1,0 +1,111 @@
+"""The segmenter's graphs against torch, at counts and lengths other than those they were traced with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+
+from export.precision import quantise
+from export.segmenter_graph import FEATURES, OUTPUTS, PROMPTS, write_image_encoder, write_mask_decoder
+from ppcr.model.image_encoder import ImageFeatures
+from ppcr.model.segmenter import Segmenter, SegmenterConfig
+
+SIDE, TEXT, MOST = 64, 32, 24
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    torch.manual_seed(5)
+    config = SegmenterConfig(
+        image_size=SIDE, dim=32, high_res=(16, 8), encoder_blocks=1, context_dim=32, context_blocks=1,
+        text_dim=TEXT, text_layers=1, text_tokens=4, max_text=MOST, heads=2, mlp=32,
+    )  # fmt: skip
+    model = Segmenter(config)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # untouched statistics would hide a folding mistake
+                assert module.running_mean is not None and module.running_var is not None
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def graphs(segmenter: Segmenter, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("segmenter")
+    write_image_encoder(segmenter, folder / "image_encoder.onnx")
+    write_mask_decoder(segmenter, folder / "mask_decoder.onnx")
+    return folder
+
+
+def run(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    return ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)
+
+
+def pixels() -> torch.Tensor:
+    return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+def features(segmenter: Segmenter) -> ImageFeatures:
+    with torch.no_grad():
+        return segmenter.encode(pixels())
+
+
+def prompts(count: int, length: int) -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(count * 100 + length)
+    corners = torch.rand(count, 2, 2, generator=g).sort(dim=1).values.flatten(1)
+    valid = (torch.arange(count) % 3 != 1).float()  # some by text alone
+    mask = torch.arange(length) < torch.randint(0, length + 1, (count, 1), generator=g)
+    mask[0] = False  # no text at all
+    text = torch.randn(count, length, TEXT, generator=g)
+    return corners, torch.rand(count, 2, generator=g), valid, text, mask
+
+
+def test_image_encoder_equals_torch(segmenter: Segmenter, graphs: Path) -> None:
+    outputs = run(graphs / "image_encoder.onnx", {"pixels": pixels().numpy()})
+    for got, wanted in zip(outputs, features(segmenter), strict=True):
+        np.testing.assert_allclose(got, wanted.numpy(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "length"), [(1, 1), (1, 9), (2, 11), (7, MOST), (13, 5)])
+def test_mask_decoder_equals_torch(segmenter: Segmenter, graphs: Path, count: int, length: int) -> None:
+    given, image = prompts(count, length), features(segmenter)
+    feeds = {name: value.numpy() for name, value in zip((*FEATURES, *PROMPTS), (*image, *given), strict=True)}
+    logits, scores = run(graphs / "mask_decoder.onnx", feeds)
+    with torch.no_grad():
+        wanted_logits, wanted_scores = segmenter.decode(image, *given)
+    assert logits.shape == (count, SIDE // 2, SIDE // 2)
+    np.testing.assert_allclose(logits, wanted_logits.numpy(), atol=2e-4, rtol=1e-4)
+    np.testing.assert_allclose(scores, wanted_scores.numpy(), atol=1e-5)
+
+
+def test_graphs_tell_nothing_of_where_they_were_made(graphs: Path) -> None:
+    for name in ("image_encoder", "mask_decoder"):
+        model = onnx.load(graphs / f"{name}.onnx")
+        text = (graphs / f"{name}.onnx").read_bytes()
+        assert {opset.domain for opset in model.opset_import} == {""}
+        assert b"segmenter_graph" not in text and b"site-packages" not in text
+    assert [value.name for value in onnx.load(graphs / "mask_decoder.onnx").graph.output] == list(OUTPUTS)
+
+
+def test_int8_decoder_stays_close(segmenter: Segmenter, graphs: Path, tmp_path: Path) -> None:
+    quantise("mask_decoder", graphs / "mask_decoder.onnx", tmp_path / "int8.onnx")
+    image, given = features(segmenter), prompts(5, 9)
+    feeds = {name: value.numpy() for name, value in zip((*FEATURES, *PROMPTS), (*image, *given), strict=True)}
+    logits, _ = run(tmp_path / "int8.onnx", feeds)
+    wanted, _ = run(graphs / "mask_decoder.onnx", feeds)
+    assert np.abs(logits - wanted).mean() < 0.1 * np.abs(wanted).mean()
+    used = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert "MatMulInteger" in used
+
+
+def test_products_may_be_kept_in_full_precision(graphs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "kept.onnx"
+    quantise("mask_decoder", graphs / "mask_decoder.onnx", target, keep=lambda role, node: True)
+    used = {node.op_type for node in onnx.load(target).graph.node}
+    assert "MatMulInteger" not in used and "MatMul" in used
