@@ -15,8 +15,8 @@ from ppcr.manifest import COMMON, MANIFEST, ROLES, FileEntry, Manifest, Parity, 
 
 SHAPES = Shapes(
     max_length=384, image_tokens=64, grid=(8, 8), patches=256, patch_dim=384, layers=6, kv_heads=2,
-    head_dim=64, hidden=256, vocabulary=1600, rope_theta=10.0, mrope_section=(8, 12, 12), image_size=(256, 256),
-    mask_size=(128, 128), max_text=64,
+    head_dim=64, hidden=256, vocabulary=1600, rope_theta=10.0, mrope_section=(8, 12, 12),
+    image_size=(256, 256), mask_size=(128, 128), max_text=64,
 )  # fmt: skip
 
 
