@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ppcr.boxes import parse_box
-from ppcr.errors import EXIT_CODES, UsageError, one_line, run_cli
+from ppcr.errors import EXIT_CODES, OutputError, UsageError, one_line, run_cli
 from runtime.bundle import AUTO, DEFAULT_BUNDLE, PRECISIONS
 from runtime.pipeline import Pipeline, Scene
 from runtime.result import Result
@@ -78,10 +78,9 @@ def _infer(arguments: argparse.Namespace) -> int:
         raise UsageError(
             "--box and --semantic stand for the prompts of one expression: give --expression once"
         )
-    # The text of an argument that is not UTF-8 holds lone surrogates; the expression's cleaning drops them.
-    output = (
-        Path("outputs", Path(arguments.image).stem) if arguments.output is None else Path(arguments.output)
-    )
+    if arguments.output == "":
+        raise OutputError("the output path is empty; give a folder name")
+    output = Path(arguments.output or Path("outputs", Path(arguments.image).stem))
     with Pipeline.load(
         arguments.bundle, precision=arguments.precision, threads=arguments.threads
     ) as pipeline:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ppcr.errors import UsageError
+from ppcr.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from runtime.bundle import Bundle
@@ -108,5 +108,9 @@ def load_sessions(backend: str, bundle: Bundle, *, threads: int) -> Sessions:
     """
     if backend not in BACKENDS:
         raise UsageError(f"unknown engine {backend!r}; the engines are: {', '.join(BACKENDS)}")
-    sessions: Sessions = importlib.import_module(BACKENDS[backend]).load(bundle, threads=threads)
+    try:
+        engine = importlib.import_module(BACKENDS[backend])
+    except ImportError as error:
+        raise EngineError(f"engine {backend!r} cannot be used here: {error}; install it first") from error
+    sessions: Sessions = engine.load(bundle, threads=threads)
     return sessions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -121,6 +121,6 @@ def test_repeated_choices_share_one_group_of_the_regex() -> None:
         lambda: Free((1, STOP), STOP, 3),
     ],
 )
-def test_segments_that_could_never_end_are_refused(make: type[Segment]) -> None:
+def test_segments_that_could_never_end_are_refused(make: Callable[[], Segment]) -> None:
     with pytest.raises(ValueError):
         make()

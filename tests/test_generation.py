@@ -1,4 +1,4 @@
-"""Turns on a fake session: forced runs cost no forward pass, and answers equal plain step-by-step decoding."""
+"""Turns on a fake session: forced runs cost no forward pass; answers equal plain step-by-step decoding."""
 
 from __future__ import annotations
 
@@ -78,7 +78,9 @@ def test_answer_equals_step_by_step_decoding(constraint: Constraint, seed: int) 
 
 
 @given(constraints, st.integers(0, 99))
-def test_a_forward_call_is_made_for_each_open_decision_and_no_other(constraint: Constraint, seed: int) -> None:
+def test_a_forward_call_is_made_for_each_open_decision_and_no_other(
+    constraint: Constraint, seed: int
+) -> None:
     turn = generate(FakeContext(seed), PROMPT, constraint)
     cursor, decisions = constraint.start(), 0
     for token in turn.tokens:

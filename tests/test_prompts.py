@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_other_semantic_text_is_refused(text: str) -> None:
 @pytest.mark.parametrize("field", ["category", "attributes", "relation"])
 def test_fields_cannot_hold_the_separator(field: str) -> None:
     with pytest.raises(ExpressionError, match=";"):
-        SemanticPrompt(**{"category": "cube", field: "red; metal"})
+        replace(SemanticPrompt("cube"), **{field: "red; metal"})
 
 
 @pytest.mark.parametrize("count", [-1, MAX_TARGETS + 1])

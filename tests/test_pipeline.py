@@ -1,0 +1,409 @@
+"""The pipeline on random weights: caches change nothing but the time, and every stage can be given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from ppcr import images, masks
+from ppcr.errors import BoxError, EngineError, ExpressionError, ImageError, UsageError
+from ppcr.prompts import SemanticPrompt
+from runtime import Pipeline, Result
+from runtime.bundle import Bundle
+from runtime.session import BACKENDS, Features, Prompts, Sessions, load_sessions
+from runtime.timing import STAGES, Stopwatch
+from tests import factory
+
+ONE, TWO, THREE = "the red cube", "large metal sphere left of the gray cube", "green"
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.load(factory.random_bundle())
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one_thread", "two_threads"])
+def pipeline(request: pytest.FixtureRequest) -> Any:
+    with Pipeline.load(factory.random_bundle(), threads=request.param) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    with Pipeline.load(factory.random_bundle(), threads=1) as made:
+        yield made
+
+
+def assert_same(a: Result, b: Result) -> None:
+    assert a.semantic == b.semantic
+    np.testing.assert_array_equal(a.spatial.locations, b.spatial.locations)
+    np.testing.assert_array_equal(a.instances, b.instances)
+    np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
+
+
+@dataclass
+class ScriptedMLLM:
+    """Answers what it is told to, and notes what it was asked; session and context in one."""
+
+    bundle: Bundle
+    answers: list[int]
+    read: list[int] = field(default_factory=list)
+    images: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.read)
+
+    def encode_image(self, patches: npt.NDArray[np.float32]) -> Features:
+        assert patches.shape == (256, 384)
+        self.images += 1
+        return "features"
+
+    def open(self, max_length: int | None = None) -> ScriptedMLLM:
+        return self
+
+    def truncate(self, length: int) -> None:
+        del self.read[length:]
+
+    def extend(self, token_ids: Sequence[int], features: Features | None = None) -> npt.NDArray[np.float32]:
+        self.read.extend(token_ids)
+        logits = np.zeros(self.bundle.manifest.shapes.vocabulary, np.float32)
+        logits[self.answers.pop(0)] = 1
+        return logits
+
+
+@dataclass
+class CountingSegmenter:
+    """Counts calls; every mask is the upper half of the image."""
+
+    encoded: int = 0
+    batches: list[Prompts] = field(default_factory=list)
+
+    def encode(self, pixels: npt.NDArray[np.float32]) -> Features:
+        assert pixels.shape == (3, 256, 256) and pixels.dtype == np.float32
+        self.encoded += 1
+        return self.encoded
+
+    def decode(
+        self, features: Features, prompts: Prompts
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        self.batches.append(prompts)
+        count = len(prompts.boxes)
+        logits = np.ones((count, 128, 128), np.float32)
+        logits[:, 64:] = -1
+        return logits, np.linspace(0, 1, count, dtype=np.float32)
+
+
+def scripted(
+    bundle: Bundle, *answers: str, threads: int = 1
+) -> tuple[Pipeline, ScriptedMLLM, CountingSegmenter]:
+    """A pipeline whose MLLM gives these answers in turn."""
+    ids = [i for answer in answers for i in bundle.tokenizer.encode(answer)]
+    mllm, segmenter = ScriptedMLLM(bundle, ids), CountingSegmenter()
+    return Pipeline(bundle, Sessions(mllm, segmenter), threads=threads, engine="fake"), mllm, segmenter
+
+
+def places(*values: int) -> str:
+    return "".join(f"<|loc_{value:03d}|>" for value in values)
+
+
+def test_two_turns_on_one_cache_equal_recomputing_from_scratch(pipeline: Pipeline) -> None:
+    result = pipeline.open(factory.picture(1)).segment(ONE)
+    assert not result.is_none
+    bundle, sessions = pipeline.bundle, pipeline.sessions
+    tokenizer, config = bundle.tokenizer, bundle.config.mllm
+    small = images.normalise(images.resize(factory.picture(1), config.image_size), config.mean, config.std)
+    features = sessions.mllm.encode_image(images.patchify(small, config.patch, config.merge, config.temporal))
+    read = tokenizer.prefix(config.image_tokens) + tokenizer.expression(ONE)
+    for constraint, told in (
+        (tokenizer.semantic_constraint, tokenizer.between_stages),
+        (tokenizer.spatial_constraint(result.semantic.count), []),
+    ):
+        cursor, answer = constraint.start(), list[int]()
+        while not cursor.done:
+            allowed = cursor.allowed()
+            # A new cache for every token: nothing is reused, no run of tokens is treated specially.
+            logits = sessions.mllm.open().extend([*read, *answer], features)
+            answer.append(int(allowed[logits[allowed].argmax()]))
+            cursor.advance(answer[-1])
+        read += [*answer, *told]
+    answer_count = 6 * result.semantic.count
+    np.testing.assert_array_equal(tokenizer.spatial(read[-answer_count:]).locations, result.spatial.locations)
+
+
+def test_second_expression_equals_a_fresh_scene_and_reuses_the_image(pipeline: Pipeline) -> None:
+    scene = pipeline.open(factory.picture(2))
+    first, second, again = scene.segment(ONE), scene.segment(TWO), scene.segment(ONE)
+    assert_same(second, pipeline.open(factory.picture(2)).segment(TWO))
+    assert_same(again, first)
+    prefix = len(pipeline.bundle.tokenizer.prefix(64))
+    assert second.costs.reused_tokens >= first.costs.reused_tokens + prefix
+    assert {"image", "vision", "encoder"} <= set(first.timings)
+    assert not {"image", "vision", "encoder"} & set(second.timings)
+
+
+def test_scenes_may_be_open_at_once(pipeline: Pipeline) -> None:
+    pictures = [factory.picture(seed) for seed in (3, 4)]
+    left, right = (pipeline.open(picture) for picture in pictures)
+    mixed = [left.segment(ONE), right.segment(TWO), left.segment(TWO), right.segment(ONE)]
+    for result, picture, expression in zip(
+        mixed, (pictures[0], pictures[1]) * 2, (ONE, TWO, TWO, ONE), strict=True
+    ):
+        assert_same(result, pipeline.open(picture).segment(expression))
+
+
+def test_many_expressions_equal_one_at_a_time(pipeline: Pipeline) -> None:
+    scene = pipeline.open(factory.picture(5))
+    expressions = [ONE, TWO, THREE]
+    together = scene.segment_many(expressions)
+    assert [result.expression for result in together] == expressions
+    for result, expression in zip(together, expressions, strict=True):
+        assert_same(result, pipeline.open(factory.picture(5)).segment(expression))
+
+
+def test_threads_may_share_a_pipeline_and_a_scene(pipeline: Pipeline) -> None:
+    expected = {text: pipeline.open(factory.picture(6)).segment(text) for text in (ONE, TWO)}
+    shared = pipeline.open(factory.picture(6))
+    start = threading.Barrier(4)
+
+    def work(index: int) -> tuple[str, Result]:
+        text = (ONE, TWO)[index % 2]
+        scene = shared if index < 2 else pipeline.open(factory.picture(6))
+        start.wait()
+        return text, scene.segment(text)
+
+    with ThreadPoolExecutor(4) as pool:
+        for text, result in pool.map(work, range(4)):
+            assert_same(result, expected[text])
+
+
+def test_masks_of_several_expressions_are_one_batch(bundle: Bundle) -> None:
+    pipeline, mllm, segmenter = scripted(
+        bundle,
+        "cube; red; any; two", places(*range(10, 22)),
+        "cube; red; any; none",
+        "sphere; large blue metal; any; one", places(*range(30, 36)),
+    )  # fmt: skip
+    results = pipeline.open(factory.picture()).segment_many([ONE, TWO, THREE])
+    assert [len(result.instances) for result in results] == [2, 0, 1]
+    assert segmenter.encoded == 1 and mllm.images == 1 and mllm.answers == []
+    (batch,) = segmenter.batches
+    assert batch.boxes.shape == (3, 4) and batch.spatial_valid.tolist() == [1, 1, 1]
+    lengths = [len(bundle.tokenizer.encode(results[i].semantic.text)) for i in (0, 0, 2)]
+    assert batch.text_mask.sum(axis=1).tolist() == lengths
+    for row, length in enumerate(lengths):
+        ids = bundle.tokenizer.encode(results[0 if row < 2 else 2].semantic.text)
+        np.testing.assert_array_equal(batch.text_embeddings[row, :length], bundle.embedding[ids])
+    # linspace over the batch: the second and third score belong where the second and third box do
+    assert results[0].scores.tolist() == [0.0, 0.5] and results[2].scores.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_none_stops_early(bundle: Bundle, threads: int) -> None:
+    pipeline, mllm, segmenter = scripted(bundle, "cube; red; any; none", threads=threads)
+    with pipeline:
+        result = pipeline.open(factory.picture()).segment(ONE)
+    assert result.is_none and result.semantic == SemanticPrompt("cube", "red", "", 0)
+    assert result.boxes.shape == (0, 4) and result.instances.shape == (0, 120, 160) and not result.mask.any()
+    assert mllm.answers == [] and segmenter.batches == []
+    assert segmenter.encoded == (0 if threads == 1 else 1)
+    assert set(result.timings) == {"image", "vision", "semantic", "total"}
+    written = result.to_json()
+    assert written["none"] is True and written["masks"] == [] and written["spatial"]["boxes"] == []
+    assert not masks.decode_rle(written["union"]).any()
+
+
+def test_given_boxes_replace_stage_two(bundle: Bundle) -> None:
+    pipeline, mllm, segmenter = scripted(bundle, "cube; red; any; none")
+    result = pipeline.open(factory.picture()).segment(ONE, boxes=[[16, 12, 80, 60], [0, 0, 160, 120]])
+    assert result.given == ("boxes",) and "spatial" not in result.timings
+    assert result.semantic == SemanticPrompt("cube", "red", "", 2)
+    np.testing.assert_allclose(
+        segmenter.batches[0].boxes, [[0.1, 0.1, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0]], atol=1e-6
+    )
+    np.testing.assert_allclose(segmenter.batches[0].points, [[0.3, 0.3], [0.5, 0.5]], atol=1e-6)
+    np.testing.assert_allclose(result.boxes, [[16, 12, 80, 60], [0, 0, 160, 120]], atol=1e-3)
+
+
+def test_given_semantic_prompt_replaces_stage_one(bundle: Bundle) -> None:
+    pipeline, mllm, _ = scripted(bundle, places(100, 200, 50, 150, 150, 250))
+    result = pipeline.open(factory.picture()).segment(ONE, semantic="Cube; red; -; 1")
+    tokenizer = bundle.tokenizer
+    assert result.given == ("semantic",) and result.semantic.text == "cube; red; any; one"
+    written = tokenizer.expression(ONE) + tokenizer.encode("cube; red; any; one") + tokenizer.between_stages
+    assert mllm.read[:-5] == tokenizer.prefix(64) + written
+    assert result.spatial.locations.tolist() == [[100, 200, 50, 150, 150, 250]]
+    assert result.costs.tokens == 6 and result.costs.forward_calls == 6
+
+
+def test_both_given_need_no_language_model(bundle: Bundle) -> None:
+    pipeline, mllm, _ = scripted(bundle)
+    result = pipeline.open(factory.picture()).segment(
+        ONE, semantic="cube; red; any; one", boxes=[1, 2, 30, 40]
+    )
+    assert mllm.images == 0 and mllm.read == [] and result.costs.forward_calls == 0
+    assert result.given == ("semantic", "boxes") and len(result.instances) == 1
+
+
+def test_given_none_needs_no_model_at_all(bundle: Bundle) -> None:
+    pipeline, mllm, segmenter = scripted(bundle)
+    result = pipeline.open(factory.picture()).segment(ONE, semantic="cube; red; any; none")
+    assert result.is_none and mllm.images == 0 and segmenter.encoded == 0
+
+
+def test_giving_what_was_computed_changes_nothing(plain: Pipeline) -> None:
+    mllm = ScriptedMLLM(plain.bundle, [])
+    answers = ["cube; red; any; two", places(300, 400, 200, 300, 400, 500, 700, 600, 600, 500, 800, 700)]
+    mllm.answers += [i for answer in answers for i in plain.bundle.tokenizer.encode(answer)]
+    sessions = Sessions(mllm, plain.sessions.segmenter)
+    scene = Pipeline(plain.bundle, sessions, threads=1, engine="fake").open(factory.picture(7))
+    computed = scene.segment(TWO)
+    given = scene.segment(TWO, semantic=computed.semantic, boxes=computed.boxes)
+    assert_same(given, computed)
+
+
+def test_the_segmenter_reads_the_semantic_prompt(plain: Pipeline) -> None:
+    scene = plain.open(factory.picture(8))
+    one, other = (
+        scene.segment(ONE, semantic=f"{text}; one", boxes=[10, 10, 90, 90])
+        for text in ("cube; red; any", "sphere; large metal; left of gray cube")
+    )
+    assert not np.array_equal(one.scores, other.scores)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"boxes": [[0, 0, 161, 100]]}, BoxError),
+        ({"boxes": [[-1, 0, 10, 10]]}, BoxError),
+        ({"boxes": [[10, 10, 5, 20]]}, BoxError),
+        ({"boxes": [[1, 2, 3]]}, BoxError),
+        ({"boxes": []}, BoxError),
+        ({"boxes": [[np.nan, 0, 10, 10]]}, BoxError),
+        ({"boxes": np.tile([0, 0, 10, 10], (65, 1))}, BoxError),
+        ({"semantic": "a cube"}, ExpressionError),
+        ({"semantic": f"{'red blue green ' * 30}; any; any; one"}, ExpressionError),
+        ({"semantic": "cube; any; any; none", "boxes": [0, 0, 10, 10]}, ExpressionError),
+    ],
+)
+def test_what_cannot_be_given_is_refused_before_anything_runs(
+    bundle: Bundle, given: dict[str, Any], error: type[Exception]
+) -> None:
+    pipeline, mllm, segmenter = scripted(bundle)
+    with pytest.raises(error):
+        pipeline.open(factory.picture()).segment(ONE, **given)
+    assert mllm.images == 0 and segmenter.encoded == 0
+
+
+def test_a_bad_expression_spoils_no_batch(bundle: Bundle) -> None:
+    pipeline, mllm, _ = scripted(bundle)
+    with pytest.raises(ExpressionError):
+        pipeline.open(factory.picture()).segment_many([ONE, "  "])
+    assert mllm.images == 0
+
+
+def test_a_failure_inside_a_turn_leaves_the_scene_usable(plain: Pipeline) -> None:
+    scene = plain.open(factory.picture(9))
+    expected = scene.segment(ONE)
+    fresh = plain.open(factory.picture(9))
+    fresh._prompter._ready(Stopwatch())
+    context = fresh._prompter._context
+    assert context is not None
+    context.extend([5, 6, 7])  # as if interrupted before the image was read
+    assert_same(fresh.segment(ONE), expected)
+
+
+@pytest.mark.parametrize("kind", ["path", "pillow", "array"])
+def test_images_come_in_several_forms(plain: Pipeline, tmp_path: Path, kind: str) -> None:
+    array = factory.picture(10)
+    path = tmp_path / "scene.png"
+    Image.fromarray(array).save(path)
+    source: Any = {"path": path, "pillow": Image.fromarray(array), "array": array}[kind]
+    assert_same(plain.open(source).segment(ONE), plain.open(array).segment(ONE))
+
+
+def test_odd_sizes(plain: Pipeline) -> None:
+    for height, width in ((1, 1), (1, 300), (257, 3)):
+        result = plain.open(factory.picture(11, height, width)).segment(ONE)
+        assert result.instances.shape[1:] == (height, width)
+        assert (result.boxes >= 0).all() and (result.boxes <= [width, height] * 2).all()
+
+
+def test_a_bad_image_is_refused(plain: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(ImageError):
+        plain.open(tmp_path / "nothing.png")
+
+
+def test_result_as_json_holds_everything(plain: Pipeline) -> None:
+    result = plain.open(factory.picture(12)).segment(ONE)
+    written = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert written["semantic"]["text"] == result.semantic.text
+    assert (
+        len(written["masks"])
+        == len(written["scores"])
+        == len(written["spatial"]["boxes"])
+        == len(result.instances)
+    )
+    for rle, mask in zip(written["masks"], result.instances, strict=True):
+        np.testing.assert_array_equal(masks.decode_rle(rle), mask)
+    np.testing.assert_array_equal(masks.decode_rle(written["union"]), result.mask)
+    stages = written["timings"]["stages"]
+    assert set(stages) <= {*STAGES, "total"} and stages["total"]["wall_s"] > 0
+    assert written["timings"]["forward_calls"] == result.costs.forward_calls > 0
+    assert written["image"] == {"height": 120, "width": 160}
+
+
+def test_saving_replaces_an_earlier_result_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "out"
+    pipeline, _, _ = scripted(bundle, "cube; red; any; none")
+    scene = pipeline.open(factory.picture())
+    three = scene.segment(ONE, boxes=[[0, 0, 50, 50]] * 3, semantic="cube; any; any; 3")
+    assert three.save(folder) == folder / "overlay.png"
+    (folder / "notes.txt").write_text("mine")
+    (folder / "mask_old.png").write_text("mine too")
+    names = {"overlay.png", "result.json", "notes.txt", "mask_old.png"}
+    assert {p.name for p in folder.iterdir()} == names | {"mask_0.png", "mask_1.png", "mask_2.png"}
+    saved = np.asarray(Image.open(folder / "mask_1.png"))
+    np.testing.assert_array_equal(saved > 0, three.instances[1])
+    scene.segment(ONE).save(folder)
+    assert {p.name for p in folder.iterdir()} == names
+    assert json.loads((folder / "result.json").read_text())["none"] is True
+
+
+def test_unknown_engines_and_thread_counts_are_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="onnxruntime"):
+        load_sessions("abacus", bundle, threads=1)
+    with pytest.raises(UsageError, match="threads"):
+        Pipeline.load(factory.random_bundle(), threads=0)
+    monkeypatch.setitem(BACKENDS, "absent", "runtime.no_such_module_session")
+    with pytest.raises(EngineError, match="absent"):
+        load_sessions("absent", bundle, threads=1)
+
+
+def test_a_mask_from_a_cold_start_loads_no_torch(tmp_path: Path) -> None:
+    Image.fromarray(factory.picture()).save(tmp_path / "scene.png")
+    code = (
+        "import sys, runtime\nassert 'runtime.pipeline' not in sys.modules\n"
+        f"pipe = runtime.Pipeline.load({str(factory.random_bundle())!r})\n"
+        f"result = pipe.open({str(tmp_path / 'scene.png')!r}).segment('the red cube', boxes=[1, 1, 90, 90])\n"
+        "assert result.instances.shape == (1, 120, 160)\n"
+        "print(*[name for name in ('torch', 'transformers', 'onnx') if name in sys.modules])"
+    )
+    root = Path(__file__).resolve().parents[1]
+    run = subprocess.run([sys.executable, "-c", code], cwd=root, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == []
