@@ -1,0 +1,62 @@
+"""What a figure was measured on: hardware and versions, without anything that names the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ppcr import __version__
+
+LIBRARIES = ("numpy", "Pillow", "onnxruntime", "torch", "transformers")
+_MIB = 1 << 20
+
+
+def describe() -> dict[str, str | int | float]:
+    """Processor, usable cores, memory, load, system, and the version of every library that takes part."""
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB,
+        # Whatever else ran at the time slows every row; a reader should see it.
+        "load_1min": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "ppcr": __version__,
+        **versions(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Name -> version of the libraries that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name as Linux gives it, else its architecture."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:
+    """Most memory this process ever held, in MiB.
+
+    Of this program alone: ``getrusage`` would count the larger process that it was forked from.
+    """
+    for line in status.read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"{status} holds no VmHWM line")
