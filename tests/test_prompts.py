@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,8 +86,9 @@ def test_other_semantic_text_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("field", ["category", "attributes", "relation"])
 def test_fields_cannot_hold_the_separator(field: str) -> None:
+    wrong: dict[str, Any] = {field: "red; metal"}
     with pytest.raises(ExpressionError, match=";"):
-        replace(SemanticPrompt("cube"), **{field: "red; metal"})
+        replace(SemanticPrompt("cube"), **wrong)
 
 
 @pytest.mark.parametrize("count", [-1, MAX_TARGETS + 1])
