@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
-from ppcr.data.graph import sample_scene  # noqa: E402
-from ppcr.model.mask_decoder import PromptFeatureAttention  # noqa: E402
-from ppcr.model.prompt_encoder import Prompts  # noqa: E402
-from ppcr.model.segmenter import Segmenter, SegmenterConfig  # noqa: E402
-from ppcr.training.common import Ema, LossLog, cosine, load_resume, save_resume  # noqa: E402
-from ppcr.training.segmenter import Recipe, Trainer, rebase_text  # noqa: E402
-from ppcr.training.segmenter_data import (  # noqa: E402
+import torch
+
+from ppcr.data.graph import sample_scene
+from ppcr.model.mask_decoder import PromptFeatureAttention
+from ppcr.model.prompt_encoder import Prompts
+from ppcr.model.segmenter import Segmenter, SegmenterConfig
+from ppcr.training.common import Ema, LossLog, cosine, load_resume, save_resume
+from ppcr.training.segmenter import Recipe, Trainer
+from ppcr.training.segmenter_data import (
     PromptMix,
     ScenePool,
     TextTable,
@@ -26,7 +30,8 @@ from ppcr.training.segmenter_data import (  # noqa: E402
     jitter,
     sample_sigma,
 )
-from ppcr.training.segmenter_loss import mask_iou, mask_loss  # noqa: E402
+from ppcr.training.segmenter_loss import mask_iou, mask_loss
+from ppcr.training.segmenter_text import rebase_text
 
 SMALL = SegmenterConfig(
     image_size=64,
@@ -41,7 +46,7 @@ SMALL = SegmenterConfig(
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -216,9 +221,12 @@ def test_prompts_are_drawn_as_the_mix_says() -> None:
     drawn = [(len(g), c) for g in graphs for c in choose(g, 6, mix, rng)]
     assert len(drawn) == 900
     assert all(0 <= c.wanted < n and -1 <= c.boxed < n for n, c in drawn)
-    assert all(c.text for _, c in drawn if c.boxed != c.wanted)
     share = sum(c.boxed < 0 for _, c in drawn) / len(drawn)
-    assert 0.07 < share < 0.17
+    assert 0.15 < share < 0.30
+    assert all(c.unique and c.text for _, c in drawn if c.boxed != c.wanted)
+    named = [c for _, c in drawn if c.text]
+    assert all(c.candidates >> c.wanted & 1 for c in named) and any(c.anchors for c in named)
+    assert all(c.anchors < 1 << n for n, c in drawn)
     sigma = sample_sigma((100, 50), mix, rng)
     assert sigma.shape == (100, 50) and sigma.min() >= 0 and sigma.max() <= 0.08
 
@@ -255,14 +263,14 @@ def test_losses_are_least_at_the_truth() -> None:
     assert float(mask_iou(torch.zeros(4, 4).bool(), torch.zeros(4, 4).bool())) == 1.0
 
 
-def recipe(**changes: object) -> Recipe:
+def recipe(**changes: Any) -> Recipe:
     base = Recipe(
         minutes=0.15, batch=4, prompts=3, pool=16, reuse=4.0, evaluate_minutes=9.0, save_minutes=9.0
     )
     return replace(base, **changes)
 
 
-def trainer(output: Path, chosen: Recipe, **options: object) -> Trainer:
+def trainer(output: Path, chosen: Recipe, **options: Any) -> Trainer:
     embedding = torch.randn(97, SMALL.text_dim, generator=torch.Generator().manual_seed(0))
     device = torch.device("cpu")
     return Trainer(chosen, output, embedding=embedding, encode=encode, device=device, config=SMALL, **options)

@@ -1,1 +1,1 @@
-"""Torch reference of the method's stages: the segmenter's encoders and decoder, and the prompt MLLM around it."""
+"""Torch reference of the method's stages: the prompt MLLM, and the segmenter's encoders and decoder."""

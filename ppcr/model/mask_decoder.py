@@ -93,8 +93,8 @@ class MaskDecoder(nn.Module):
         self.skip_0, self.skip_1 = nn.Linear(c0, c0), nn.Linear(c1, c1)
         self.mask_head = Mlp(dim, dim, c1 + 1)
         self.score_head = Mlp(dim, dim, 1)
-        with torch.no_grad():
-            self.mask_head[-1].bias[-1] = -3.0  # an empty mask to begin with: objects are small
+        bias = self.mask_head.get_parameter("2.bias")
+        nn.init.constant_(bias[-1:], -3.0)  # an empty mask to begin with: objects are small
 
     def forward(
         self, features: ImageFeatures, prompts: EncodedPrompts, cell_position: Tensor

@@ -83,6 +83,10 @@ class TextEncoder(nn.Module):
         return has_text * read + (1.0 - has_text) * self.no_text
 
 
+SPATIAL_TOKENS = 3
+"""Tokens before the text's: upper left corner, lower right corner, point."""
+
+
 class PromptEncoder(nn.Module):
     """Prompts -> EncodedPrompts: tokens of two corners, a point and the text, and the dense part."""
 
@@ -110,8 +114,8 @@ class PromptEncoder(nn.Module):
             tokens=text_tokens,
             max_length=max_text,
         )
-        self.kinds = nn.Parameter(torch.randn(3, dim))  # upper left corner, lower right corner, point
-        self.no_spatial = nn.Parameter(torch.randn(3, dim))
+        self.kinds = nn.Parameter(torch.randn(SPATIAL_TOKENS, dim))
+        self.no_spatial = nn.Parameter(torch.randn(SPATIAL_TOKENS, dim))
         self.dense = Mlp(_DENSE_FEATURES, dim // 2, dim)
         self.no_dense = nn.Parameter(torch.zeros(dim))
         self.register_buffer("cells", grid_centers(grid), persistent=False)

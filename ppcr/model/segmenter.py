@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -61,14 +62,15 @@ class SegmenterConfig:
         Raises:
             ValueError: not this architecture, or unknown fields.
         """
-        values = json.loads(text)
+        values: dict[str, Any] = json.loads(text)
         if values.get("architecture") != cls.architecture:
             found = values.get("architecture")
             raise ValueError(f"not a {cls.architecture} segmenter: architecture {found!r}")
         unknown = set(values) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"unknown fields in the segmenter's config: {', '.join(sorted(unknown))}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**fields)
 
 
 class Segmenter(nn.Module):

@@ -11,6 +11,7 @@ adapts the text path alone; `--minutes 0` stops after the exact change of basis.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ppcr.data.expressions import sample_expressions
-from ppcr.data.graph import sample_scene
-from ppcr.model.segmenter import Segmenter, SegmenterConfig, normalize
+from ppcr.model.prompt_encoder import SPATIAL_TOKENS
+from ppcr.model.segmenter import Segmenter, SegmenterConfig
 from ppcr.training.common import (
     Budget,
     Ema,
@@ -39,7 +37,6 @@ from ppcr.training.common import (
     set_lr,
 )
 from ppcr.training.segmenter_data import (
-    Choice,
     PromptMix,
     ScenePool,
     TextTable,
@@ -47,10 +44,11 @@ from ppcr.training.segmenter_data import (
     choose,
     sample_sigma,
 )
-from ppcr.training.segmenter_loss import DenseHead, LossWeights, mask_iou, mask_loss
+from ppcr.training.segmenter_eval import Evaluation, pixels
+from ppcr.training.segmenter_loss import DenseHead, LossWeights, WordHead, mask_iou, mask_loss
+from ppcr.training.segmenter_text import read_embedding, read_encode, rebase_text, same_tokens
 
 RESUME, LOG, PLOT, WEIGHTS = "resume.pt", "loss.jsonl", "loss.png", "segmenter"
-_EMBEDDING = "embed_tokens.weight"
 _TEXT_PATH = "prompt_encoder.text."
 
 
@@ -72,57 +70,6 @@ class Recipe:
     save_minutes: float = 1.0
 
 
-def read_embedding(folder: Path) -> Tensor:
-    """The input embedding f32[V, E] of a Hugging Face folder with one model.safetensors.
-
-    Raises:
-        ValueError: no tensor of that name.
-    """
-    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.endswith(_EMBEDDING)]
-        if len(names) != 1:
-            raise ValueError(f"{folder}/model.safetensors has {len(names)} tensors *{_EMBEDDING}, need one")
-        embedding: Tensor = tensors.get_tensor(names[0]).float()
-    return embedding
-
-
-def read_encode(folder: Path) -> Callable[[str], list[int]]:
-    """The folder's tokenizer as text -> ids, without special tokens."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return lambda text: list(tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-@torch.no_grad()
-def rebase_text(model: Segmenter, old: Tensor, new: Tensor, ridge: float = 1e-4) -> float:
-    """Make the text path read `new` rows as it reads the `old` rows of the same tokens, both f32[M, E].
-
-    Solves for the text projection by least squares: exact where the M tokens are fewer than E. Returns the
-    relative error that is left.
-    """
-    text = model.prompt_encoder.text
-    wanted = text.projection(text.norm_in(old)).double()
-    x = F.pad(text.norm_in(new), (0, 1), value=1.0).double()
-    gram = x @ x.T + ridge * torch.eye(len(x), dtype=x.dtype, device=x.device) * x.shape[1]
-    solution = x.T @ torch.linalg.solve(gram, wanted)
-    text.projection.weight.copy_(solution[:-1].T)
-    text.projection.bias.copy_(solution[-1])
-    return float((x @ solution - wanted).norm() / wanted.norm())
-
-
-def same_tokens(old: Path, new: Path, scenes: int = 300) -> tuple[list[int], list[int]]:
-    """Ids in both MLLM folders' tokenizers of the tokens that semantic prompts use."""
-    before, after = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (old, new))
-    rng = np.random.default_rng(0)
-    texts = {
-        e.semantic.text
-        for seed in range(scenes)
-        for e in sample_expressions(sample_scene("train", seed), 6, rng)
-    }
-    used = sorted({token for text in texts for token in before.encode(text, add_special_tokens=False).tokens})
-    shared = [token for token in used if after.token_to_id(token) is not None]
-    return [before.token_to_id(t) for t in shared], [after.token_to_id(t) for t in shared]
-
-
 class Trainer:
     """Model, data and optimizer of one run; `run` trains until the budget ends or a signal comes."""
 
@@ -141,10 +88,14 @@ class Trainer:
         cuda = device.type == "cuda"
         self.recipe, self.output, self.device = recipe, output, device
         self.batch = recipe.batch or (64 if cuda else 8)
-        self.mix, self.weights = PromptMix(), LossWeights()
+        self.mix = PromptMix()
+        # The aids are not part of a saved segmenter: what they would teach a lone text path is noise.
+        self.weights = LossWeights() if recipe.train == "all" else LossWeights(dense=0.0, words=0.0)
         self.model = Segmenter.load(init) if init else Segmenter(config)
-        self.model = self.model.to(device, memory_format=torch.channels_last)
-        self.dense = DenseHead(self.model.config.dim).to(device)
+        self.model.to(device)
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        dim = self.model.config.dim
+        self.aids = nn.ModuleDict({"dense": DenseHead(dim), "words": WordHead(dim)}).to(device)
         self.table = TextTable(embedding.to(device), encode)
         if recipe.train == "text":
             for name, parameter in self.model.named_parameters():
@@ -167,7 +118,7 @@ class Trainer:
         )
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        modules = [self.model] if self.recipe.train == "text" else [self.model, self.dense]
+        modules = [self.model] if self.recipe.train == "text" else [self.model, self.aids]
         parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.recipe.weight_decay},
@@ -179,7 +130,7 @@ class Trainer:
         if state["train"] != self.recipe.train:
             raise ValueError(f"{self.output} holds a run with --train {state['train']}: use another --output")
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        self.dense.load_state_dict(state["dense"])  # type: ignore[arg-type]
+        self.aids.load_state_dict(state["aids"])  # type: ignore[arg-type]
         self.ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
         self.step = int(state["step"])  # type: ignore[call-overload]
@@ -192,7 +143,7 @@ class Trainer:
             self.output / RESUME,
             train=self.recipe.train,
             model=self.model.state_dict(),
-            dense=self.dense.state_dict(),
+            aids=self.aids.state_dict(),
             ema=self.ema.state_dict(),
             optimizer=self.optimizer.state_dict(),
             step=self.step,
@@ -212,16 +163,20 @@ class Trainer:
         index = torch.from_numpy(rows).to(self.device)
         coverage = targets.coverage()
         with autocast(self.device):
-            features = self.model.encode(self._pixels(index))
-            logits, scores = self.model.decode_batch(features, prompts)
+            features = self.model.encode(pixels(self.pool, index, self.model))
+            encoded = self.model.prompt_encoder(prompts)
+            positions = self.model.prompt_encoder.cell_positions
+            logits, scores = self.model.mask_decoder(features, encoded, positions)
+            cells = features.image_features
+            dense = self.aids["dense"](cells, self.pool, index, targets)
+            text_tokens = encoded.tokens[..., SPATIAL_TOKENS:, :]
+            words = self.aids["words"](cells, text_tokens, prompts.text_mask.any(-1), targets)
         logits = logits.float()
         dice, focal = mask_loss(logits, coverage)
         iou = mask_iou(logits.detach() > 0, coverage > 0.5)
         score = F.mse_loss(scores, iou)
-        with autocast(self.device):
-            dense = self.dense(features.image_features, self.pool, index, targets)
         w = self.weights
-        loss = w.dice * dice + w.focal * focal + w.score * score + w.dense * dense
+        loss = w.dice * dice + w.focal * focal + w.score * score + w.dense * dense + w.words * words
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -234,6 +189,7 @@ class Trainer:
             "focal": focal,
             "score": score,
             "dense": dense,
+            "words": words,
             "grad_norm": norm,
         }
         spatial = prompts.spatial_valid > 0
@@ -241,17 +197,13 @@ class Trainer:
         parts["iou_text_only"] = iou[~spatial].mean()
         return {name: value.detach() for name, value in parts.items()}
 
-    def _pixels(self, index: Tensor, pool: ScenePool | None = None) -> Tensor:
-        images = (pool or self.pool).images[index].float() / 255.0
-        return normalize(images, self.model.config).contiguous(memory_format=torch.channels_last)
-
     def run(self) -> None:
         """Train until the time is used up; saves every minute and on Ctrl-C or SIGTERM."""
         recipe, debt = self.recipe, 0.0
-        held_out = Evaluation(self)
+        held_out = Evaluation(self.model.config.image_size, self.device)
         self.pool.add(min(self.pool.capacity, 16 * self.batch))
         last_save = last_evaluation = self.budget.elapsed_s
-        sums: dict[str, float] = {}
+        recent: dict[str, list[float]] = {}
         note = ""
         with StopSignal() as signal, self.budget.bar("segmenter") as bar:
             while self.budget.progress < 1.0 and not signal.stopped:
@@ -262,11 +214,12 @@ class Trainer:
                     debt -= _REFILL
                 self.model.train(recipe.train == "all")
                 for name, value in self.train_step().items():
-                    sums[name] = sums.get(name, 0.0) + float(value.nan_to_num(0.0)) / _LOG_STEPS
+                    recent.setdefault(name, []).append(float(value))
                 if self.step % _LOG_STEPS == 0:
-                    self.log.append(self.step, seconds=self.budget.elapsed_s, **sums)
-                    note = f"step {self.step} loss {sums['loss']:.3f} IoU {sums['iou']:.3f}"
-                    sums = {}
+                    means = {name: _mean(values) for name, values in recent.items()}
+                    self.log.append(self.step, seconds=self.budget.elapsed_s, **means)
+                    note = f"step {self.step} loss {means['loss']:.3f} IoU {means['iou']:.3f}"
+                    recent = {}
                 self.budget.show(bar, note)
                 now = self.budget.elapsed_s
                 if now - last_evaluation > 60.0 * recipe.evaluate_minutes:
@@ -281,7 +234,7 @@ class Trainer:
     def report(self, held_out: Evaluation) -> dict[str, float]:
         """Evaluate the averaged weights, log and print the figures."""
         with self.ema.applied(self.model):
-            figures = held_out(self)
+            figures = held_out(self.model, self.table)
         self.log.append(self.step, seconds=self.budget.elapsed_s, **figures)
         print("\n" + " ".join(f"{name} {value:.4f}" for name, value in figures.items()), flush=True)
         return figures
@@ -291,62 +244,10 @@ _REFILL = 32
 _LOG_STEPS = 10
 
 
-class Evaluation:
-    """mIoU at full size on fixed val scenes, by kind of prompt."""
-
-    def __init__(self, trainer: Trainer, scenes: int = 64, prompts: int = 4) -> None:
-        self.pool = ScenePool(
-            scenes, split="val", size=trainer.model.config.image_size, device=trainer.device
-        )
-        self.pool.add(scenes)
-        rng = np.random.default_rng(1)
-        mix = PromptMix(drop_text=0.0, drop_spatial=0.0, wrong_box=0.0, levels=(0.0, 0.0, 1.0))
-        self.choices = [choose(graph, prompts, mix, rng) for graph in self.pool.graphs]
-
-    @torch.no_grad()
-    def __call__(self, trainer: Trainer) -> dict[str, float]:
-        """mIoU with exact and jittered boxes (sigma 0.025), without text, without boxes; score error."""
-        trainer.model.eval()
-        figures: dict[str, float] = {}
-        for name, sigma, text, spatial in (
-            ("val_true_box", 0.0, True, True),
-            ("val_jitter", 0.025, True, True),
-            ("val_jitter_no_text", 0.025, False, True),
-            ("val_text_only", 0.0, True, False),
-        ):
-            iou, score = self._measure(trainer, sigma, text, spatial)
-            figures[name] = float(iou.mean())
-            if name == "val_jitter":
-                figures["val_score_error"] = float((score - iou).abs().mean())
-        return figures
-
-    def _measure(self, trainer: Trainer, sigma: float, text: bool, spatial: bool) -> tuple[Tensor, Tensor]:
-        ious, scores = [], []
-        rng = np.random.default_rng(2)
-        for start in range(0, len(self.pool), 16):
-            rows = np.arange(start, min(start + 16, len(self.pool)))
-            choices = [
-                [
-                    Choice(c.wanted, c.boxed if spatial else -1, c.text if text else "")
-                    for c in self.choices[r]
-                ]
-                for r in rows
-            ]
-            noise = np.full((len(rows), len(choices[0])), sigma, np.float32)
-            prompts, targets = build(self.pool, rows, choices, noise, trainer.table, rng)
-            with autocast(trainer.device):
-                pixels = trainer._pixels(torch.from_numpy(rows).to(trainer.device), self.pool)
-                logits, score = trainer.model(pixels, prompts)
-            size = targets.labels.shape[-1]
-            logits = F.interpolate(logits.float(), (size, size), mode="bilinear", align_corners=False)
-            # Prompts that fill a scene up have no text: without a box they ask for nothing.
-            asked = torch.tensor(
-                [[bool(self.choices[r][k].text) for k in range(len(choices[0]))] for r in rows]
-            )
-            keep = asked.to(logits.device)
-            ious.append(mask_iou(logits > 0, targets.masks())[keep])
-            scores.append(score[keep])
-        return torch.cat(ious), torch.cat(scores)
+def _mean(values: list[float]) -> float:
+    """Mean of what was measured: a step without text-only prompts has no IoU of them."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / max(1, len(known))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from ppcr.data.expressions import sample_expressions
+from ppcr.data.expressions import Phrase, sample_expressions
 from ppcr.data.graph import CROWDED_OBJECTS, SceneGraph, Split, sample_scene
 from ppcr.data.render import render
 from ppcr.model.prompt_encoder import Prompts
@@ -33,8 +33,8 @@ class PromptMix:
     """
 
     drop_text: float = 0.15
-    drop_spatial: float = 0.17
-    wrong_box: float = 0.05
+    drop_spatial: float = 0.35
+    wrong_box: float = 0.06
     jitter: tuple[tuple[float, float, float], ...] = (
         (0.3, 0.0, 0.004),
         (0.5, 0.01, 0.035),
@@ -45,10 +45,12 @@ class PromptMix:
 
 @dataclass(frozen=True)
 class Targets:
-    """labels u8[B, S, S] (0 table, i + 1 object i) and the object each prompt wants, int64[B, K]."""
+    """labels u8[B, S, S]: 0 table, i + 1 object i. The others int64[B, K], as in Choice."""
 
     labels: Tensor
     wanted: Tensor
+    candidates: Tensor
+    anchors: Tensor
 
     def masks(self) -> Tensor:
         """bool[B, K, S, S]"""
@@ -79,12 +81,11 @@ class ScenePool:
         self.device = torch.device(device)
         self.graphs: list[SceneGraph] = []
         self._write = 0
-        place = {"device": self.device}
-        self.images = torch.zeros((capacity, 3, size, size), dtype=torch.uint8, **place)
-        self.labels = torch.zeros((capacity, size, size), dtype=torch.uint8, **place)
-        self.boxes = torch.zeros((capacity, MAX_OBJECTS, 4), **place)
-        self.points = torch.zeros((capacity, MAX_OBJECTS, 2), **place)
-        self.attributes = torch.zeros((capacity, MAX_OBJECTS, 4), dtype=torch.int64, **place)
+        self.images = torch.zeros((capacity, 3, size, size), dtype=torch.uint8, device=self.device)
+        self.labels = torch.zeros((capacity, size, size), dtype=torch.uint8, device=self.device)
+        self.boxes = torch.zeros((capacity, MAX_OBJECTS, 4), device=self.device)
+        self.points = torch.zeros((capacity, MAX_OBJECTS, 2), device=self.device)
+        self.attributes = torch.zeros((capacity, MAX_OBJECTS, 4), dtype=torch.int64, device=self.device)
 
     def __len__(self) -> int:
         return len(self.graphs)
@@ -122,11 +123,18 @@ def _attributes(graphs: list[SceneGraph], slots: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Choice:
-    """A prompt to make: the wanted object, the object whose box is given (-1: none), the text ("": none)."""
+    """A prompt to make: the wanted object, the object whose box is given (-1: none), the text ("": none).
+
+    unique: the text names this object alone. candidates, anchors: objects, as bits, that fit the text's
+    category and attributes, and those that its relation refers to.
+    """
 
     wanted: int
     boxed: int
     text: str
+    unique: bool = False
+    candidates: int = 0
+    anchors: int = 0
 
 
 def choose(graph: SceneGraph, count: int, mix: PromptMix, rng: np.random.Generator) -> list[Choice]:
@@ -138,17 +146,33 @@ def choose(graph: SceneGraph, count: int, mix: PromptMix, rng: np.random.Generat
             continue
         wanted = int(rng.choice(expression.targets))
         boxed, text, draw = wanted, expression.semantic.text, rng.random()
+        unique = len(expression.targets) == 1
         if draw < mix.drop_text:
             text = ""
-        elif len(expression.targets) == 1 and draw < mix.drop_text + mix.drop_spatial:
+        elif unique and draw < mix.drop_text + mix.drop_spatial:
             boxed = -1
-        elif len(expression.targets) == 1 and draw > 1.0 - mix.wrong_box:
+        elif unique and draw > 1.0 - mix.wrong_box:
             boxed = int(rng.integers(len(graph)))
-        choices.append(Choice(wanted, boxed, text))
+        anchors = sum(1 << i for i in expression.landmarks)
+        choices.append(Choice(wanted, boxed, text, unique, _fitting(graph, expression.query.phrase), anchors))
     while len(choices) < count:
         wanted = int(rng.integers(len(graph)))
         choices.append(Choice(wanted, wanted, ""))
     return choices
+
+
+def _fitting(graph: SceneGraph, phrase: Phrase) -> int:
+    """Objects, as bits, with the properties of a phrase, its relation left out."""
+    wanted = (phrase.size, phrase.color, phrase.material, phrase.shape)
+    return sum(
+        1 << i
+        for i in range(len(graph))
+        if all(
+            word == said if not said.startswith("not ") else word != said[4:]
+            for word, said in zip(graph.describe(i), wanted, strict=True)
+            if said
+        )
+    )
 
 
 def jitter(
@@ -207,7 +231,7 @@ def build(
 ) -> tuple[Prompts, Targets]:
     """Prompts and truth of the scenes at `rows` of the pool; sigma f32[B, K] is each prompt's box error."""
     index = torch.from_numpy(rows).to(pool.device)
-    wanted = np.array([[c.wanted for c in row] for row in choices])
+    wanted = np.array([[c.wanted for c in row] for row in choices], np.int64)
     boxed = np.array([[c.boxed for c in row] for row in choices])
     all_boxes, all_points = pool.boxes[index].cpu().numpy(), pool.points[index].cpu().numpy()
     first = np.arange(len(rows))[:, None]
@@ -225,7 +249,8 @@ def build(
     }
     tensors = {name: torch.from_numpy(value).to(pool.device) for name, value in given.items()}
     prompts = Prompts(**tensors, text_embeddings=embeddings, text_mask=mask)
-    return prompts, Targets(pool.labels[index], torch.from_numpy(wanted).to(pool.device))
+    truth = [wanted, *([[getattr(c, n) for c in row] for row in choices] for n in ("candidates", "anchors"))]
+    return prompts, Targets(pool.labels[index], *(torch.tensor(t, device=pool.device) for t in truth))
 
 
 def sample_sigma(shape: tuple[int, int], mix: PromptMix, rng: np.random.Generator) -> NDArray[np.float32]:

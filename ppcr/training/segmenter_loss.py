@@ -1,4 +1,4 @@
-"""Losses of the segmenter: masks, and dense labels that teach the image encoder what stands where."""
+"""Losses of the segmenter: masks, and aids that teach what stands where and what words mean."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ class LossWeights:
     focal: float = 1.0
     score: float = 0.5
     dense: float = 0.4
+    words: float = 0.3
 
 
 def mask_loss(logits: Tensor, coverage: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ class DenseHead(nn.Module):
         """features f[B, C, g, g] of the scenes at `rows` of the pool -> the summed loss, a scalar."""
         grid = features.shape[-1]
         step = targets.labels.shape[-1] // grid
-        label = targets.labels[:, step // 2 :: step, step // 2 :: step].flatten(1).long()  # [B, N]
+        label = targets.labels[:, step // 2 :: step, step // 2 :: step].flatten(1).long()
         parts = self.head(features).float().flatten(2).transpose(1, 2).split(self.sizes, dim=-1)
         inside = label > 0
         loss = F.binary_cross_entropy_with_logits(parts[4].squeeze(-1), inside.float())
@@ -68,3 +69,33 @@ class DenseHead(nn.Module):
         boxes = torch.gather(pool.boxes[rows], 1, slot[..., None].expand(-1, -1, 4))
         offsets = 10.0 * (boxes - grid_centers(grid).to(boxes.device).repeat(1, 2))
         return loss + F.smooth_l1_loss(parts[5][inside], offsets[inside], beta=0.1)
+
+
+class WordHead(nn.Module):
+    """Training only: two text tokens point, by a dot product, at the cells of objects that a text speaks of.
+
+    The first at all that fit category and attributes, the second at the landmarks. This grounds words long
+    before masks drawn from text alone are good enough to teach them.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.cells = nn.Conv2d(dim, dim, 1)
+        self.words = nn.ModuleList(nn.Linear(dim, dim) for _ in range(2))
+        self.bias = nn.Parameter(torch.full((2,), -3.0))
+
+    def forward(self, features: Tensor, text: Tensor, has_text: Tensor, targets: Targets) -> Tensor:
+        """features f[B, C, g, g], text tokens f[B, K, >= 2, C], has_text bool[B, K] -> a scalar."""
+        grid = features.shape[-1]
+        step = targets.labels.shape[-1] // grid
+        label = targets.labels[:, None, step // 2 :: step, step // 2 :: step].long()
+        keys = self.cells(features).flatten(2).unsqueeze(1)
+        loss = features.new_zeros((), dtype=torch.float32)
+        for index, bits in enumerate((targets.candidates, targets.anchors)):
+            truth = ((bits[..., None, None] >> (label - 1).clamp(min=0)) & 1) * (label > 0)
+            query = self.words[index](text[:, :, index, None])
+            logits = (query @ keys).float().squeeze(2) * keys.shape[2] ** -0.5 + self.bias[index]
+            wanted = has_text & (bits > 0)
+            dice, focal = mask_loss(logits.unflatten(-1, (grid, grid))[wanted], truth[wanted].float())
+            loss = loss + (dice + focal).nan_to_num(0.0)
+        return loss
