@@ -1,7 +1,8 @@
-"""Losses of the prompt MLLM: next token, soft locations, and two training-only supervisors.
+"""Losses of the prompt MLLM: next token, soft locations, and three training-only supervisors.
 
-Both supervisors are small heads that are thrown away after training; the checkpoint stays a stock Qwen2.5-VL.
+The supervisors are small heads thrown away after training; the checkpoint stays a stock Qwen2.5-VL.
 ``ObjectHead`` makes image tokens say what stands in their cell (every object of every image is a label),
+``PlaceHead`` makes image tokens inside the language model spell their objects' coordinates,
 ``PointingHead`` makes answer tokens point at the cells of targets and landmarks.
 """
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZES
-from ppcr.prompts import LOCATION_BINS
+from ppcr.prompts import LOCATION_BINS, LOCATIONS_PER_INSTANCE
 
 CLASS_SIZES = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES))
 
@@ -21,6 +22,14 @@ def _cells(points: Tensor, grid: int) -> Tensor:
     """int64 [..]: cell index of each point xy in 0..1."""
     place = (points * grid).long().clamp_(0, grid - 1)
     return place[..., 1] * grid + place[..., 0]
+
+
+def _slots(boxes: Tensor, present: Tensor, grid: int, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cell and slot of each object [B, N], and which objects get one: a cell's first ``slots`` objects."""
+    cells = _cells((boxes[..., :2] + boxes[..., 2:]) / 2, grid)
+    same = (cells[:, :, None] == cells[:, None, :]) & present[:, None, :]
+    slot = torch.tril(same, -1).sum(-1)
+    return cells, slot, present & (slot < slots)
 
 
 class ObjectHead(nn.Module):
@@ -51,10 +60,7 @@ class ObjectHead(nn.Module):
             present: bool [B, N].
         """
         batch, count = present.shape
-        cells = _cells((boxes[..., :2] + boxes[..., 2:]) / 2, self.grid)
-        same = (cells[:, :, None] == cells[:, None, :]) & present[:, None, :]
-        slot = torch.tril(same, -1).sum(-1)
-        keep = present & (slot < self.slots)
+        cells, slot, keep = _slots(boxes, present, self.grid, self.slots)
         out = self.out(self.norm(features)).float().view(batch, -1, self.slots, sum(self.sizes))
         objectness = torch.zeros(out.shape[:3], device=out.device)
         scene = torch.arange(batch, device=out.device)[:, None].expand(-1, count)
@@ -120,6 +126,36 @@ class PointingHead(nn.Module):
         loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
         right = target.gather(-1, logits.argmax(-1, keepdim=True)).gt(0)[:, 0].float().mean()
         return loss, right
+
+
+class PlaceHead(nn.Module):
+    """Image tokens of the language model spell each object's point and box in location tokens.
+
+    The answer then has to copy a place rather than work it out, and every object of an image teaches it.
+    """
+
+    def __init__(self, width: int, grid: int, slots: int = 2) -> None:
+        super().__init__()
+        self.grid, self.slots = grid, slots
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, slots * LOCATIONS_PER_INSTANCE * width)
+
+    def forward(self, image: Tensor, values: Tensor, present: Tensor, table: Tensor, sigma: float) -> Tensor:
+        """Mean cross-entropy over the coordinates of all objects.
+
+        Args:
+            image: [B, grid*grid, width] hidden states of image tokens.
+            values: [B, N, 6] point and box in 0..1; present: bool [B, N].
+            table: [1000, width] embedding rows of the location tokens; sigma: softness in bins.
+        """
+        cells, slot, keep = _slots(values[..., 2:], present, self.grid, self.slots)
+        scene = torch.arange(len(values), device=values.device)[:, None].expand_as(cells)[keep]
+        spelled = self.out(self.norm(image[scene, cells[keep]]))
+        spelled = spelled.view(len(scene), self.slots, LOCATIONS_PER_INSTANCE, -1)
+        spelled = spelled[torch.arange(len(scene), device=values.device), slot[keep]]
+        logits = (spelled @ table.T).float().flatten(0, 1)
+        soft = location_targets(values[keep].flatten(), sigma)
+        return -(soft * logits.log_softmax(-1)).sum(-1).mean()
 
 
 def location_targets(values: Tensor, sigma: float) -> Tensor:

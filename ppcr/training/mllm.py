@@ -42,7 +42,7 @@ from ppcr.training.common import (
     save_resume,
     set_lr,
 )
-from ppcr.training.grounding_loss import ObjectHead, PointingHead, location_targets
+from ppcr.training.grounding_loss import ObjectHead, PlaceHead, PointingHead, location_targets
 from ppcr.training.mllm_data import Conversations, Scenes, draw
 from ppcr.training.packing import IGNORE, Packer
 
@@ -78,6 +78,7 @@ class Trainer(nn.Module):
         self.model, self.size, self.first_location, self.tap = model, size, first_location, tap
         self.objects = ObjectHead(size.hidden, size.grid)
         self.pointing = PointingHead(size.hidden, size.grid)
+        self.places = PlaceHead(size.hidden, size.grid)
 
     def look(self, scenes: Scenes) -> tuple[Tensor, dict[str, Tensor]]:
         """Image tokens [B, 64, hidden] and the terms of the object head."""
@@ -108,9 +109,8 @@ class Trainer(nn.Module):
         losses = F.cross_entropy(logits, labels, reduction="none")
         terms["word"] = (losses * weight).sum() / weight.sum()
         places = batch["label_reference"] >= 0
-        place_logits = (
-            hidden[places] @ table[self.first_location : self.first_location + LOCATION_BINS].T
-        ).float()
+        locations = table[self.first_location : self.first_location + LOCATION_BINS]
+        place_logits = (hidden[places] @ locations.T).float()
         true_values = values(batch["label_reference"])[places]
         soft = location_targets(true_values, sigma)
         terms["place"] = -(soft * place_logits.log_softmax(-1)).sum(-1).mean()
@@ -121,6 +121,8 @@ class Trainer(nn.Module):
         centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / 2
         image = tapped[is_image].view(ids.shape[0], -1, tapped.shape[-1])
         terms["point"], terms["pointed"] = self.pointing(tapped[rows], scene, image, centres, wanted)
+        coordinates = coordinates.view(*scenes.present.shape, -1)
+        terms["spell"] = self.places(image, coordinates, scenes.present, locations, sigma)
         with torch.no_grad():
             right = (logits.argmax(-1) == labels).float()
             counted = weight > 1
@@ -226,7 +228,13 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
                 terms = trainer(batch, scenes, sigma) if talking else trainer.look(scenes)[1]
                 loss = terms["look"] * (0.3 if talking else 1.0)
                 if talking:
-                    loss = loss + terms["word"] + 0.5 * terms["place"] + 0.5 * terms["point"]
+                    loss = (
+                        loss
+                        + terms["word"]
+                        + 0.5 * terms["place"]
+                        + 0.5 * terms["point"]
+                        + 0.3 * terms["spell"]
+                    )
             for opt in opts:
                 set_lr(opt, cosine(budget.progress))
                 opt.zero_grad(set_to_none=True)
@@ -237,7 +245,7 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
             ema.update(trainer.model)
             step += 1
             if step % 20 == 0:
-                numbers = {k: float(v) for k, v in terms.items()}
+                numbers = {k: float(v.detach()) for k, v in terms.items()}
                 log.append(step, seconds=budget.elapsed_s, level=level.value, norm=float(norm), **numbers)
                 bar.n = round(budget.elapsed_s)
                 bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in numbers.items()), refresh=True)
