@@ -17,21 +17,33 @@ from runtime.session import Float32Array, Prompts, Sessions
 
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, "ort.OrtValue"]
+_BYTES_PER_THREAD = 32 << 20
 ENCODED = ("image_features", "high_res_0", "high_res_1")
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
-    """Both sessions of a bundle, each graph on ``threads`` CPU threads.
+    """Both sessions of a bundle, which together never use more than ``threads`` processors at once.
 
     Raises:
         BundleError: a graph cannot be read, or does not take what this runtime feeds.
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
-    segmenter = OnnxSegmenter(
-        _open(bundle.graphs["image_encoder"], threads), _open(bundle.graphs["mask_decoder"], threads)
-    )
-    vision, decoder = (_open(bundle.graphs[role], threads) for role in ("vision", "decoder"))
-    return Sessions(OnnxMLLM(vision, decoder, bundle), segmenter)
+    plan = share_threads(threads, bundle.graphs["decoder"].stat().st_size)
+    opened = {role: _open(path, plan[role]) for role, path in bundle.graphs.items()}
+    segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
+    return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], bundle), segmenter)
+
+
+def share_threads(threads: int, decoder_bytes: int) -> dict[str, int]:
+    """Threads of each graph. The image encoder runs beside the MLLM, so these two share; masks come alone.
+
+    One step of a small decoder is over before a second thread has woken up: it gets another thread only for
+    every further 32 MB of weights.
+    """
+    beside = max(1, threads // 2)
+    mllm = max(1, threads - beside)
+    decoder = min(mllm, 1 + decoder_bytes // _BYTES_PER_THREAD)
+    return {"vision": mllm, "decoder": decoder, "image_encoder": beside, "mask_decoder": threads}
 
 
 def _open(path: Path, threads: int) -> ort.InferenceSession:

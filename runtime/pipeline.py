@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,17 +17,19 @@ import numpy.typing as npt
 from PIL import Image
 
 from ppcr import boxes as frames
-from ppcr import images, masks
+from ppcr import images
 from ppcr.errors import BoxError, ExpressionError, UsageError
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from runtime.bundle import AUTO, Bundle
-from runtime.prompter import Answer, Prompter, Request
+from runtime.drawer import Drawer
+from runtime.prompter import Prompter, Request
 from runtime.result import Result
-from runtime.session import Features, Float32Array, Prompts, Sessions, load_sessions
+from runtime.session import Sessions, load_sessions
 from runtime.timing import Stopwatch
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
 MAX_BOXES = 64
+_BOXES = f"give 1 to {MAX_BOXES} boxes, each x1, y1, x2, y2 in pixels"
 
 
 class Pipeline:
@@ -103,14 +104,8 @@ class Scene:
         self._opening = Stopwatch()
         with self._opening.stage("image"):
             self.image = images.as_rgb(image)
-            config = self._bundle.config.segmenter
-            small = images.resize(self.image, config.image_size)
-            self._pixels = images.normalise(small, config.mean, config.std)
+            self._drawer = Drawer(self._bundle, pipeline.sessions.segmenter, self.image, pipeline.background)
         self._prompter = Prompter(self._bundle, pipeline.sessions.mllm, self.image)
-        self._encoded: Future[tuple[Features, float]] | None = None
-        self._features: Features | None = None
-        if pipeline.background is not None:
-            self._encoded = pipeline.background.submit(self._encode)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -165,11 +160,13 @@ class Scene:
         return Request(expression, tuple(ids), prompt, spatial)
 
     def _given_boxes(self, boxes: npt.ArrayLike) -> SpatialPrompt:
-        pixels = np.asarray(boxes, np.float32)
+        try:
+            pixels = np.asarray(boxes, np.float32)
+        except (TypeError, ValueError) as error:
+            raise BoxError(f"cannot read the boxes ({error}): {_BOXES}") from None
         pixels = pixels[None] if pixels.ndim == 1 else pixels
         if pixels.ndim != 2 or pixels.shape[1] != 4 or not 1 <= len(pixels) <= MAX_BOXES:
-            told = f"give 1 to {MAX_BOXES} boxes, each x1, y1, x2, y2 in pixels"
-            raise BoxError(f"cannot use boxes of shape {pixels.shape}: {told}")
+            raise BoxError(f"cannot use boxes of shape {pixels.shape}: {_BOXES}")
         height, width = self.size
         for box in pixels:
             frames.validate_box(box, width, height)
@@ -183,7 +180,7 @@ class Scene:
             watch, self._opening = self._opening, Stopwatch()
             answers.append(self._prompter.answer(request, watch))
             watches.append(watch)
-        drawn = self._draw(answers, watches)
+        drawn = self._drawer.draw(answers, watches)
         return [
             Result(
                 expression=request.expression,
@@ -201,58 +198,3 @@ class Scene:
                 requests, answers, watches, drawn, strict=True
             )
         ]
-
-    def _encode(self) -> tuple[Features, float]:
-        start = time.perf_counter()
-        features = self._pipeline.sessions.segmenter.encode(self._pixels)
-        return features, time.perf_counter() - start
-
-    def _draw(
-        self, answers: Sequence[Answer], watches: Sequence[Stopwatch]
-    ) -> list[tuple[npt.NDArray[np.bool_], Float32Array]]:
-        """Stage 3: instance masks at the original size and scores, of all answers as one batch."""
-        nothing = np.zeros((0, *self.size), np.bool_), np.zeros(0, np.float32)
-        drawn = [nothing] * len(answers)
-        wanted = [index for index, answer in enumerate(answers) if answer.spatial.count]
-        if not wanted:
-            return drawn
-        features = self._await_features(watches[wanted[0]])
-        start = time.perf_counter()
-        prompts = self._batch([answers[i] for i in wanted])
-        logits, scores = self._pipeline.sessions.segmenter.decode(features, prompts)
-        share = (time.perf_counter() - start) / len(wanted)
-        first = 0
-        for index in wanted:
-            rows = slice(first, first + answers[index].spatial.count)
-            first = rows.stop
-            watches[index].add("decoder", share, share)
-            with watches[index].stage("masks"):
-                instances = np.stack([masks.mask_from_logits(one, self.size) for one in logits[rows]])
-            drawn[index] = instances, scores[rows]
-        return drawn
-
-    def _await_features(self, watch: Stopwatch) -> Features:
-        if self._features is None:
-            start = time.perf_counter()
-            self._features, device = self._encode() if self._encoded is None else self._encoded.result()
-            watch.add("encoder", time.perf_counter() - start, device)
-        return self._features
-
-    def _batch(self, answers: Sequence[Answer]) -> Prompts:
-        """The prompts of several expressions side by side, their texts padded to one length."""
-        bundle = self._bundle
-        most = bundle.manifest.shapes.max_text
-        counts = [answer.spatial.count for answer in answers]
-        texts = [bundle.tokenizer.encode(answer.semantic.text)[:most] for answer in answers]
-        ids = np.zeros((len(texts), max(len(text) for text in texts)), np.int64)
-        mask = np.zeros(ids.shape, np.bool_)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)], mask[row, : len(text)] = text, True
-        embeddings = bundle.embedding[ids] * mask[..., None]
-        return Prompts(
-            boxes=np.concatenate([answer.spatial.boxes for answer in answers]),
-            points=np.concatenate([answer.spatial.points for answer in answers]),
-            spatial_valid=np.ones(sum(counts), np.float32),
-            text_embeddings=np.repeat(embeddings, counts, axis=0),
-            text_mask=np.repeat(mask, counts, axis=0),
-        )

@@ -291,6 +291,8 @@ def test_the_segmenter_reads_the_semantic_prompt(plain: Pipeline) -> None:
         ({"boxes": [[10, 10, 5, 20]]}, BoxError),
         ({"boxes": [[1, 2, 3]]}, BoxError),
         ({"boxes": []}, BoxError),
+        ({"boxes": [[1, 2, 3, 4], [5, 6]]}, BoxError),
+        ({"boxes": ["a", "b"]}, BoxError),
         ({"boxes": [[np.nan, 0, 10, 10]]}, BoxError),
         ({"boxes": np.tile([0, 0, 10, 10], (65, 1))}, BoxError),
         ({"semantic": "a cube"}, ExpressionError),
