@@ -83,13 +83,17 @@ def _latency(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     for precision in precisions:
         manifest.verify(arguments.bundle, precision)
     checkpoint = Checkpoint.open(arguments.checkpoint)
-    described = machine.describe()
+    described, disturbed = machine.describe(), machine.is_busy()
     scenes = list(examples(SPLIT, range(arguments.images), expressions=2))
     work = _work(checkpoint, scenes)
     same = checkpoint.source_hash() == manifest.source
     for line in (*_compared(arguments, precisions, same), *card.lines(manifest, precisions, work)):
         print(line)
-    print("machine  " + ", ".join(f"{name} {value}" for name, value in described.items()), flush=True)
+    print("machine  " + ", ".join(f"{name} {value}" for name, value in described.items()))
+    if disturbed:
+        # Worst where threads wait for each other by spinning, as torch's do: a ratio can be off tenfold.
+        print("note     other work keeps this machine busy: do not quote these figures")
+    sys.stdout.flush()
 
     rows: list[report.RowFigures] = []
     with tempfile.TemporaryDirectory(prefix="ppcr-latency-") as name:
@@ -108,13 +112,18 @@ def _latency(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         cold = cold_start(arguments.bundle.resolve(), default, threads, picture, expression)
     print("", report.cold_line(cold, default, threads), sep="\n")
     summary = report.summary(rows, cold, default, threads)
-    summary |= {"images": len(scenes), "repeats": arguments.repeats, "same_source": same}
+    summary |= {
+        "images": len(scenes),
+        "repeats": arguments.repeats,
+        "same_source": same,
+        "disturbed": disturbed,
+    }
     if arguments.save is not None:
         record = {
             "command": shlex.join(["python", "benchmarks/latency.py", *words]),
             "machine": described,
             "weights_bytes": {precision: card.weights(manifest, precision) for precision in precisions},
-            "flops": work,
+            "flops": {stage: {k: round(v) for k, v in counts.items()} for stage, counts in work.items()},
             "rows": [row.to_json() for row in rows],
             "summary": summary,
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,6 +29,20 @@ def describe() -> dict[str, str | int | float]:
         **versions(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def is_busy(interval: float = 0.5, share: float = 0.25, stat: Path = Path("/proc/stat")) -> bool:
+    """Whether other work takes more than ``share`` of the processors while this process sleeps."""
+    before = _busy_and_all(stat)
+    time.sleep(interval)
+    busy, whole = (after - then for after, then in zip(_busy_and_all(stat), before, strict=True))
+    return busy > share * whole
+
+
+def _busy_and_all(stat: Path) -> tuple[int, int]:
+    times = [int(word) for word in stat.read_text(encoding="utf-8").splitlines()[0].split()[1:9]]
+    idle = times[3] + times[4]  # idle, and waiting for the disk
+    return sum(times) - idle, sum(times)
 
 
 def versions() -> dict[str, str]:

@@ -126,8 +126,8 @@ def table(rows: Sequence[RowFigures]) -> list[str]:
         lines.append(
             f"{row.system:<8}{1e3 * row.end_to_end.p50:>9.1f}{1e3 * row.end_to_end.p90:>9.1f}"
             f"{1e3 * row.end_to_end.p99:>9.1f}{1e3 * row.cpu_p50_s:>9.1f}{second:>9}{factor:>10}"
-            f"{row.tokens:>8.1f}{row.forward_calls:>7.1f}{100 * row.mean_mask_iou:>8.2f}{100 * row.agreement:>9.2f}"
-            f"{row.peak_memory_mb:>9.0f}{row.loaded_s:>8.2f}"
+            f"{row.tokens:>8.1f}{row.forward_calls:>7.1f}{100 * row.mean_mask_iou:>8.2f}"
+            f"{100 * row.agreement:>9.2f}{row.peak_memory_mb:>9.0f}{row.loaded_s:>8.2f}"
         )
     columns = "".join(f"{row.system:>28}" for row in rows)
     lines += ["stage, ms: p50 / p90 / p99 waited", f"{'':<10}{columns}"]

@@ -155,6 +155,10 @@ def test_machine_says_hardware_and_versions(tmp_path: Path) -> None:
     info.write_text("processor : 0\nmodel name\t: A Fine CPU @ 2 GHz\nmodel name\t: Another\n")
     assert machine.cpu_model(info) == "A Fine CPU @ 2 GHz"
     assert machine.cpu_model(tmp_path / "none") in str(told["system"])
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  10 0 10 80 0 0 0 0 0 0\ncpu0 10 0 10 80 0 0 0 0 0 0\n")
+    assert not machine.is_busy(0.0, stat=stat)  # no time has passed
+    assert isinstance(machine.is_busy(0.01), bool)
     status = tmp_path / "status"
     status.write_text("VmPeak:\t9999 kB\nVmHWM:\t  2048 kB\n")
     assert machine.peak_memory_mb(status) == 2.0
