@@ -1,27 +1,33 @@
-"""int8 from fp32: weights of matrix products per output channel, activations as they come.
+"""int8 from fp32, in the way each graph bears.
 
-Products whose weight is constant become DynamicQuantizeLinear, MatMulInteger and a scale, which onnxruntime
-runs as one integer kernel. Convolutions, norms and attention stay in fp32.
+The MLLM's graphs hold their matrices as int8 on the grid of `ppcr.int8` and compute in fp32: location tokens
+are near ties by nature (a thousand bins, neighbours almost equally likely), and eight-bit activations decide
+many of them differently. An engine unfolds such weights once, when it loads the graph.
+
+The segmenter's matrix products run in int8: weights per output channel, activations quantised as they come.
+Convolutions, norms and attention stay in fp32, and so do the products that `_KEPT` names.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
+from onnx import helper, numpy_helper
+
+from ppcr.int8 import fit
 
 PRECISIONS = ("fp32", "int8")
+WEIGHTS_ONLY = frozenset({"vision", "decoder"})
+_FULL_WEIGHTS = ("lm_head.weight",)  # tied to the embedding, which stays as it is
 _OPERATORS = ["MatMul"]
-
-Keep = Callable[[str, onnx.NodeProto], bool]
-"""(role, node) -> whether the node stays in fp32."""
-
-
-def keep_nothing(role: str, node: onnx.NodeProto) -> bool:
-    return False
+# Raw coordinates, a handful of tokens, and the weights a mask is drawn with: cheap, and each error shows.
+_KEPT = {"mask_decoder": r"^prompt_encoder\.|_head\."}
 
 
 def file_name(name: str, precision: str) -> str:
@@ -29,12 +35,54 @@ def file_name(name: str, precision: str) -> str:
     return name if precision == "fp32" else f"{name.removesuffix('.onnx')}.{precision}.onnx"
 
 
-def quantise(role: str, source: Path, target: Path, *, keep: Keep = keep_nothing) -> None:
-    """Write the int8 form of the fp32 graph ``source`` to ``target``."""
+def quantise(role: str, source: Path, target: Path) -> None:
+    """Write the int8 form of the fp32 graph ``source`` of ``role`` to ``target``."""
+    if role in WEIGHTS_ONLY:
+        model = onnx.load(source)
+        fold_weights(model)
+        onnx.save(model, target)
+    else:
+        quantise_products(source, target, kept=_KEPT.get(role, ""))
+
+
+def fold_weights(model: onnx.ModelProto) -> None:
+    """Replace the constant matrices of products by int8, a scale for 32 inputs each, and their product."""
+    graph = model.graph
+    constants = {value.name: value for value in graph.initializer}
+    unfolded: list[onnx.NodeProto] = []
+    for name in dict.fromkeys(node.input[1] for node in graph.node if node.op_type == "MatMul"):
+        if name not in constants or name in _FULL_WEIGHTS or len(constants[name].dims) != 2:
+            continue
+        weight = numpy_helper.to_array(constants[name])
+        numbers, scale = fit(weight.T)
+        parts = {
+            f"{name}.int8": np.ascontiguousarray(numbers.transpose(1, 2, 0)),  # [blocks, block, out]
+            f"{name}.scale": np.ascontiguousarray(scale.transpose(1, 2, 0), weight.dtype),
+            f"{name}.shape": np.asarray(weight.shape, np.int64),
+        }
+        graph.initializer.remove(constants[name])
+        graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in parts.items())
+        kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+        # Not DequantizeLinear: onnxruntime would fuse it with the product and quantise the activations.
+        wide, scaled = f"{name}.wide", f"{name}.scaled"
+        unfolded += [
+            helper.make_node("Cast", [f"{name}.int8"], [wide], name=wide, to=kind),
+            helper.make_node("Mul", [wide, f"{name}.scale"], [scaled], name=scaled),
+            helper.make_node("Reshape", [scaled, f"{name}.shape"], [name], name=f"{name}.unfolded"),
+        ]
+    nodes = [*unfolded, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    onnx.checker.check_model(model)
+
+
+def quantise_products(source: Path, target: Path, *, kept: str = "") -> None:
+    """Run matrix products of ``source`` in int8, but those whose weight's name matches ``kept``."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     graph = onnx.load(source).graph
-    kept = [node.name for node in graph.node if node.op_type in _OPERATORS and keep(role, node)]
+    products = [node for node in graph.node if node.op_type in _OPERATORS]
+    left_out = [node.name for node in products if kept and re.search(kept, node.input[1])]
     with _quiet():
         quantize_dynamic(
             str(source),
@@ -42,7 +90,7 @@ def quantise(role: str, source: Path, target: Path, *, keep: Keep = keep_nothing
             op_types_to_quantize=_OPERATORS,
             per_channel=True,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=kept,
+            nodes_to_exclude=left_out,
             # Shapes are not inferred again for opsets newer than the quantiser knows.
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
         )

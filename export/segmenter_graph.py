@@ -18,6 +18,7 @@ from typing import Any
 
 import onnx
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from ppcr.model.image_encoder import ImageFeatures
@@ -109,6 +110,7 @@ def _export(
     assert program is not None
     model = program.model_proto
     _forget_sources(model)
+    _name_weights(model, module)
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
@@ -125,6 +127,25 @@ def _forget_sources(model: onnx.ModelProto) -> None:
         for value in (*getattr(graph, "value_info", ()), *getattr(graph, "initializer", ())):
             del value.metadata_props[:]
             value.ClearField("doc_string")
+
+
+def _name_weights(model: onnx.ModelProto, module: nn.Module) -> None:
+    # The exporter transposes the matrices of products and numbers them; by name they can be told apart again.
+    names = {}
+    for name, parameter in module.named_parameters():
+        value = parameter.detach().cpu().numpy()
+        if value.ndim == 2:
+            names[value.T.shape, value.T.tobytes()] = name.removeprefix("segmenter.")
+    new = {}
+    for constant in model.graph.initializer:
+        value = numpy_helper.to_array(constant)
+        known = names.get((value.shape, value.tobytes())) if value.ndim == 2 else None
+        if known:
+            new[constant.name] = known
+            constant.name = known
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = new.get(name, name)
 
 
 @contextmanager

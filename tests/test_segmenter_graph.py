@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export.precision import quantise
+from export.precision import quantise, quantise_products
 from export.segmenter_graph import FEATURES, OUTPUTS, PROMPTS, write_image_encoder, write_mask_decoder
 from ppcr.model.image_encoder import ImageFeatures
 from ppcr.model.segmenter import Segmenter, SegmenterConfig
@@ -105,7 +105,11 @@ def test_int8_decoder_stays_close(segmenter: Segmenter, graphs: Path, tmp_path: 
 
 
 def test_products_may_be_kept_in_full_precision(graphs: Path, tmp_path: Path) -> None:
-    target = tmp_path / "kept.onnx"
-    quantise("mask_decoder", graphs / "mask_decoder.onnx", target, keep=lambda role, node: True)
-    used = {node.op_type for node in onnx.load(target).graph.node}
-    assert "MatMulInteger" not in used and "MatMul" in used
+    source, target = graphs / "mask_decoder.onnx", tmp_path / "kept.onnx"
+    quantise_products(source, target, kept=r"^mask_decoder\.")
+    before = {node.name: node.input[1] for node in onnx.load(source).graph.node if node.op_type == "MatMul"}
+    after = {node.name for node in onnx.load(target).graph.node if node.op_type == "MatMul"}
+    kept = {name for name, weight in before.items() if weight.startswith("mask_decoder.")}
+    changed = {name for name, weight in before.items() if weight.startswith("prompt_encoder.")}
+    assert kept and changed
+    assert kept <= after and not changed & after

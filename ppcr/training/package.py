@@ -1,7 +1,8 @@
 """Pack trained parts as a checkpoint to ship: ``python -m ppcr.training.package --mllm DIR --segmenter DIR``.
 
-Weights become fp16 safetensors, config.json is written from the parts' own configurations, and the whole
-replaces ``--output`` at once. A MODEL_CARD.md that lies there already is kept.
+The MLLM's matrices are rounded to the int8 grid of `ppcr.int8`, so that an int8 export of the checkpoint is
+exact. Weights become fp16 safetensors, config.json is written from the parts' own configurations, and the
+whole replaces ``--output`` at once. A MODEL_CARD.md that lies there already is kept.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ppcr.checkpoint import Checkpoint
 from ppcr.config import MLLMConfig, PPCRConfig, SegmenterConfig
 from ppcr.errors import CheckpointError, run_cli
 from ppcr.files import atomic_directory, write_json
+from ppcr.int8 import snap
 from ppcr.model.checkpoint import load_mllm, save_mllm
 from ppcr.model.reference import ReferencePipeline
 from ppcr.model.segmenter import Segmenter
@@ -30,11 +33,14 @@ DEFAULT_OUTPUT = Path("ppcr/assets/ppcr-tiny")
 LIMIT_MB = 40.0
 
 
-def package(mllm: Path, segmenter: Path, output: Path, *, name: str = "ppcr-tiny") -> Path:
+def package(
+    mllm: Path, segmenter: Path, output: Path, *, name: str = PPCRConfig.name, int8_grid: bool = True
+) -> Path:
     """Write a checkpoint of both parts to ``output`` and try it once; returns ``output``.
 
     Args:
         mllm: a Hugging Face directory with its tokenizer; segmenter: as `Segmenter.save` writes it.
+        int8_grid: round the MLLM's matrices (but the embedding) to the int8 grid.
 
     Raises:
         CheckpointError: a part is missing or damaged, or the parts do not fit each other.
@@ -49,9 +55,11 @@ def package(mllm: Path, segmenter: Path, output: Path, *, name: str = "ppcr-tiny
         mask_model = Segmenter.load(segmenter)
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"cannot read the segmenter in {segmenter}: {error}") from None
+    if int8_grid:
+        snap_matrices(model)
     config = _config(name, json.loads((mllm / "config.json").read_text(encoding="utf-8")), mask_model)
     with atomic_directory(output, marker="config.json") as beside:
-        save_mllm(model, beside / "mllm", dtype=torch.float16)
+        save_mllm(model.half(), beside / "mllm", dtype=torch.float16)
         for file in TOKENIZER_FILES:
             shutil.copyfile(mllm / file, beside / "mllm" / file)
         mask_model.save(beside / "segmenter", half=True)
@@ -62,6 +70,15 @@ def package(mllm: Path, segmenter: Path, output: Path, *, name: str = "ppcr-tiny
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private, a checkpoint is not
         _try(beside)
     return output
+
+
+@torch.no_grad()
+def snap_matrices(model: nn.Module) -> None:
+    """Move every matrix of the model but its embedding to the nearest point of the int8 grid."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim >= 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            rows = parameter.detach().flatten(1).float().cpu().numpy()
+            parameter.copy_(torch.from_numpy(snap(rows)).view_as(parameter))
 
 
 def size_mb(folder: Path) -> float:
@@ -111,8 +128,15 @@ def _main(argv: Sequence[str] | None) -> int:
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR")
     parser.add_argument("--name", default=PPCRConfig.name)
+    parser.add_argument("--no-int8-grid", action="store_true", help="leave the MLLM's weights as trained")
     options = parser.parse_args(argv)
-    folder = package(options.mllm, options.segmenter, options.output, name=options.name)
+    folder = package(
+        options.mllm,
+        options.segmenter,
+        options.output,
+        name=options.name,
+        int8_grid=not options.no_int8_grid,
+    )
     size = size_mb(folder)
     print(f"{folder}: {size:.1f} MB")
     if size > LIMIT_MB:
