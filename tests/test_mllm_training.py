@@ -90,13 +90,13 @@ def test_pointing_prefers_the_wanted_cell_and_the_nothing_choice() -> None:
         head.key.bias.zero_()
     answers, scene = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
     wanted = torch.tensor([[[True, False], [False, False]]])
-    flat, _ = head(answers, scene, image, centres, wanted)
+    flat = head(answers, scene, image, centres, wanted)["point"]
     # All logits are equal: each of the two questions costs the entropy of 16 cells and nothing.
     assert float(flat.detach()) == pytest.approx(np.log(17), rel=1e-5)
     with torch.no_grad():
         head.query.bias[:8] = 20 * image[0, 3]  # cell of (0.9, 0.1): column 3 of row 0
-    better, right = head(answers, scene, image, centres, wanted)
-    assert float(better) < float(flat) and float(right) == 1.0
+    after = head(answers, scene, image, centres, wanted)
+    assert float(after["point"].detach()) < float(flat.detach()) and float(after["pointed"]) == 1.0
 
 
 def test_location_targets_peak_at_the_value() -> None:

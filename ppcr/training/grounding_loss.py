@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZES
-from ppcr.prompts import LOCATION_BINS, LOCATIONS_PER_INSTANCE
+from ppcr.prompts import LOCATION_BINS, LOCATIONS_PER_INSTANCE, MAX_TARGETS
 
 CLASS_SIZES = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES))
 
@@ -91,7 +91,11 @@ class ObjectHead(nn.Module):
 
 
 class PointingHead(nn.Module):
-    """Answer tokens choose cells by dot product; one more choice stands for "nothing there"."""
+    """Answer tokens choose cells by dot product, and say how many targets there are.
+
+    One more choice stands for "nothing there". Beside the choice, each cell is a yes-or-no question against
+    that choice: a model that only ranks cells never learns that the best one may not fit.
+    """
 
     def __init__(self, width: int, grid: int, channels: int = 128) -> None:
         super().__init__()
@@ -100,11 +104,12 @@ class PointingHead(nn.Module):
         self.key = nn.Linear(width, 2 * channels)
         self.nothing = nn.Parameter(torch.zeros(2, channels))
         self.channels = channels
+        self.counts = nn.Linear(width, MAX_TARGETS + 1)
 
     def forward(
         self, answers: Tensor, scene: Tensor, image: Tensor, centres: Tensor, wanted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Loss and share of answers whose first choice is right.
+    ) -> dict[str, Tensor]:
+        """Loss terms, and the share of answers whose first choice of a target is right.
 
         Args:
             answers: [M, width] hidden states; scene: int64 [M], the image each belongs to.
@@ -120,12 +125,16 @@ class PointingHead(nn.Module):
         cells = _cells(centres, self.grid)[scene]  # [M, N]
         target = torch.zeros_like(logits)
         target.scatter_add_(-1, cells[:, None].expand(-1, 2, -1), wanted.float())
-        target[..., -1] = (~wanted.any(-1)).float()
         target = target.clamp_(max=1.0)
+        margins = logits[..., :-1] - logits[..., -1:]
+        fits = F.binary_cross_entropy_with_logits(margins, target[..., :-1], reduction="none").sum(-1).mean()
+        nothing = (~wanted.any(-1)).float()[..., None]
+        target = torch.cat([target[..., :-1], nothing], -1)
         target = target / target.sum(-1, keepdim=True)
         loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
         right = target.gather(-1, logits.argmax(-1, keepdim=True)).gt(0)[:, 0].float().mean()
-        return loss, right
+        counts = F.cross_entropy(self.counts(answers).float(), wanted[:, 0].sum(-1))
+        return {"point": loss, "fits": fits, "many": counts, "pointed": right}
 
 
 class PlaceHead(nn.Module):

@@ -47,6 +47,9 @@ from ppcr.training.mllm_data import Conversations, Scenes, draw
 from ppcr.training.packing import IGNORE, Packer
 
 CUDA_BATCH, CUDA_WORKERS = 96, 8
+LOOK_SHARE = 0.3
+SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.15, "many": 0.3}
+"""Weight of each loss term once the model talks; looking alone weighs 1, then LOOK_SHARE."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class Trainer(nn.Module):
         wanted = torch.stack([batch["targets"], batch["landmarks"]], 2)[scene, conversation]
         centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / 2
         image = tapped[is_image].view(ids.shape[0], -1, tapped.shape[-1])
-        terms["point"], terms["pointed"] = self.pointing(tapped[rows], scene, image, centres, wanted)
+        terms |= self.pointing(tapped[rows], scene, image, centres, wanted)
         coordinates = coordinates.view(*scenes.present.shape, -1)
         terms["spell"] = self.places(image, coordinates, scenes.present, locations, sigma)
         with torch.no_grad():
@@ -226,15 +229,9 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
             talking = budget.progress >= recipe.look_until and bool((batch["labels"] != IGNORE).any())
             with autocast(device):
                 terms = trainer(batch, scenes, sigma) if talking else trainer.look(scenes)[1]
-                loss = terms["look"] * (0.3 if talking else 1.0)
+                loss = terms["look"] * (LOOK_SHARE if talking else 1.0)
                 if talking:
-                    loss = (
-                        loss
-                        + terms["word"]
-                        + 0.5 * terms["place"]
-                        + 0.5 * terms["point"]
-                        + 0.3 * terms["spell"]
-                    )
+                    loss = loss + sum(share * terms[name] for name, share in SHARES.items())
             for opt in opts:
                 set_lr(opt, cosine(budget.progress))
                 opt.zero_grad(set_to_none=True)

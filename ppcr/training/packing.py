@@ -65,7 +65,7 @@ class Packer:
         length: int,
         objects: int,
         conversations: int,
-        count_weight: float = 3.0,
+        count_weight: float = 8.0,
     ) -> None:
         self.tokenizer = tokenizer
         self.length, self.objects, self.conversations = length, objects, conversations
