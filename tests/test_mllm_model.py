@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ppcr.data.expressions import sample_expressions
 from ppcr.data.graph import sample_scene
@@ -37,7 +38,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer: PromptTokenizer):  # type: ignore[no-untyped-def]
+def model(tokenizer: PromptTokenizer) -> Qwen2_5_VLForConditionalGeneration:
     built = build_mllm(SIZE, tokenizer)
     with torch.no_grad():
         for parameter in built.parameters():
@@ -46,7 +47,7 @@ def model(tokenizer: PromptTokenizer):  # type: ignore[no-untyped-def]
     return built.eval()
 
 
-def test_vision_features_equal_the_stock_tower(model) -> None:  # type: ignore[no-untyped-def]
+def test_vision_features_equal_the_stock_tower(model: Qwen2_5_VLForConditionalGeneration) -> None:
     patches = torch.randn(3, 256, 384)
     with torch.no_grad():
         ours = vision_features(model, patches, SIZE.grid)
@@ -68,7 +69,7 @@ def test_plain_attention_equals_torch(length: int) -> None:
 @pytest.mark.parametrize("attention", ["sdpa", PLAIN])
 def test_packed_conversations_equal_separate_stock_forwards(
     model, tokenizer: PromptTokenizer, attention: str
-) -> None:  # type: ignore[no-untyped-def]
+) -> None:
     rng = np.random.default_rng(5)
     graph = sample_scene("train", 77)
     expressions = sample_expressions(graph, 5, rng)
@@ -121,7 +122,9 @@ def test_labels_are_the_tokens_that_follow(tokenizer: PromptTokenizer) -> None:
     assert len(inner) and (packed.reference[inner + 1] == packed.label_reference[inner]).all()
 
 
-def test_saved_model_loads_with_the_same_logits_and_reads_in_both_versions(model, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_saved_model_loads_with_the_same_logits_and_reads_in_both_versions(
+    model: Qwen2_5_VLForConditionalGeneration, tmp_path: Path
+) -> None:
     save_mllm(model, tmp_path)
     again = load_mllm(tmp_path)
     ids = torch.randint(0, 500, (1, 9))
