@@ -68,7 +68,7 @@ def test_plain_attention_equals_torch(length: int) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", PLAIN])
 def test_packed_conversations_equal_separate_stock_forwards(
-    model, tokenizer: PromptTokenizer, attention: str
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PromptTokenizer, attention: str
 ) -> None:
     rng = np.random.default_rng(5)
     graph = sample_scene("train", 77)
