@@ -18,6 +18,9 @@ from runtime.session import Float32Array, Prompts, Sessions
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, "ort.OrtValue"]
 _BYTES_PER_THREAD = 32 << 20
+# Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
+Snapshot = dict[tuple[str, int], npt.NDArray[np.float32]]
+_CACHE_STEP = 64
 ENCODED = ("image_features", "high_res_0", "high_res_1")
 
 
@@ -77,6 +80,10 @@ class OnnxMLLM:
         self._shapes = shapes
         self._embedding = bundle.embedding
         self._image_token = bundle.tokenizer.image_token
+        self._prefixes: dict[tuple[int, ...], Snapshot] = {}
+        # A graph may fix the length of its cache, or leave it to the host.
+        cache = next(value for value in decoder.get_inputs() if value.name == "k_cache_0")
+        self._static = isinstance(cache.shape[2], int)
         image_start = len(bundle.tokenizer.before_image)
         self._tables = make_tables(shapes.max_length, image_start, shapes.grid, bundle.rotary)
 
@@ -85,15 +92,32 @@ class OnnxMLLM:
         features: Float32Array = self._vision.run(["image_features"], {"pixel_values": patches})[0]
         return features
 
-    def open(self, max_length: int | None = None) -> OnnxContext:
-        """A new conversation with its own KV cache of ``max_length`` usable tokens."""
-        most = self._shapes.max_length
-        length = most if max_length is None else max_length
-        if not 0 < length <= most:
-            raise ValueError(f"a context of {length} tokens: this bundle's cache holds 1 to {most}")
-        return OnnxContext(
+    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> OnnxContext:
+        """A conversation that begins with ``prefix``, computed the first time and copied from then on."""
+        length = self._cache_length(max_length)
+        context = OnnxContext(
             self._decoder, self._shapes, self._tables, self._embedding, self._image_token, length
         )
+        key = tuple(prefix)
+        if not key:
+            return context
+        # Two threads that both find it missing compute the same; the later one replaces the earlier.
+        known = self._prefixes.get(key)
+        if known is None:
+            context.extend(prefix)
+            self._prefixes = {key: context.snapshot()}
+        else:
+            context.restore(known, len(key))
+        return context
+
+    def _cache_length(self, wanted: int | None) -> int:
+        most = self._shapes.max_length
+        if wanted is not None and not 0 < wanted <= most:
+            raise ValueError(f"a context of {wanted} tokens: this bundle's cache holds 1 to {most}")
+        if wanted is None or self._static:
+            return most
+        # Attention looks at the whole cache: a short one is faster. Steps keep the shapes few.
+        return min(most, -(-wanted // _CACHE_STEP) * _CACHE_STEP)
 
 
 class OnnxContext:
@@ -119,18 +143,18 @@ class OnnxContext:
         half = shapes.head_dim // 2
         self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
         self._at, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._embeds = np.zeros((shapes.max_length, shapes.hidden), np.float32)
+        self._embeds = np.zeros((length, shapes.hidden), np.float32)
         self._step = {
             "inputs_embeds": np.zeros((1, 1, shapes.hidden), np.float32),
             "rope_cos": np.zeros((1, 1, half), np.float32),
             "rope_sin": np.zeros((1, 1, half), np.float32),
-            "attn_mask": np.zeros((1, 1, 1, shapes.max_length), np.bool_),
+            "attn_mask": np.zeros((1, 1, 1, length), np.bool_),
             "logits_index": np.zeros(1, np.int64),
         }
-        cache_shape = (1, shapes.kv_heads, shapes.max_length, shapes.head_dim)
+        self._mask = tables.mask if length == len(tables.mask) else tables.mask[:length, :length].copy()
         # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
         self._cache = {
-            (kind, layer): ort.OrtValue.ortvalue_from_numpy(np.zeros(cache_shape, np.float32))
+            (kind, layer): np.zeros((1, shapes.kv_heads, length, shapes.head_dim), np.float32)
             for layer in range(shapes.layers)
             for kind in "kv"
         }
@@ -141,7 +165,8 @@ class OnnxContext:
 
     def _bind(self) -> ort.IOBinding:
         binding = self._decoder.io_binding()
-        for (kind, layer), value in self._cache.items():
+        for (kind, layer), memory in self._cache.items():
+            value = ort.OrtValue.ortvalue_from_numpy(memory)
             binding.bind_ortvalue_input(f"{kind}_cache_{layer}", value)
             binding.bind_ortvalue_output(f"{kind}_cache_out_{layer}", value)
         binding.bind_cpu_input("write_indices", self._at)
@@ -152,6 +177,21 @@ class OnnxContext:
     def length(self) -> int:
         """Tokens in the cache."""
         return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache can hold."""
+        return self._capacity
+
+    def snapshot(self) -> Snapshot:
+        """Copies of the keys and values held."""
+        return {place: memory[:, :, : self._length].copy() for place, memory in self._cache.items()}
+
+    def restore(self, snapshot: Snapshot, length: int) -> None:
+        """Begin with the keys and values of ``length`` tokens that another context has computed."""
+        for place, memory in self._cache.items():
+            memory[:, :, :length] = snapshot[place]
+        self._length = length
 
     def truncate(self, length: int) -> None:
         """Forget everything from position ``length`` on: the cache's rows are simply written again."""
@@ -165,7 +205,7 @@ class OnnxContext:
         if not 0 < count <= self._capacity - start:
             raise ValueError(f"{count} tokens do not fit after {start} of a context of {self._capacity}")
         self._at[0] = start
-        if count == 1 and features is None:
+        if count == 1 and features is None and token_ids[0] != self._image_token:
             self._run_single(token_ids[0], start)
         else:
             self._run_block(np.asarray(token_ids, np.int64), start, features)
@@ -177,7 +217,7 @@ class OnnxContext:
         step["inputs_embeds"][0, 0] = self._embedding[token]
         step["rope_cos"][0, 0] = tables.cos[start]
         step["rope_sin"][0, 0] = tables.sin[start]
-        step["attn_mask"][0, 0, 0] = tables.mask[start]
+        step["attn_mask"][0, 0, 0] = self._mask[start]
         self._decoder.run_with_iobinding(self._single)
 
     def _run_block(self, ids: npt.NDArray[np.int64], start: int, features: Float32Array | None) -> None:
@@ -195,7 +235,7 @@ class OnnxContext:
         binding.bind_cpu_input("inputs_embeds", embeds[None])
         binding.bind_cpu_input("rope_cos", tables.cos[None, rows])
         binding.bind_cpu_input("rope_sin", tables.sin[None, rows])
-        binding.bind_cpu_input("attn_mask", tables.mask[None, None, rows])
+        binding.bind_cpu_input("attn_mask", self._mask[None, None, rows])
         self._decoder.run_with_iobinding(binding)
 
 

@@ -54,6 +54,7 @@ class Prompter:
     def __init__(self, bundle: Bundle, mllm: MLLMSession, image: npt.NDArray[np.uint8]) -> None:
         self._bundle, self._tokenizer, self._mllm, self._image = bundle, bundle.tokenizer, mllm, image
         self._prefix = bundle.tokenizer.prefix(bundle.manifest.shapes.image_tokens)
+        self._before = len(bundle.tokenizer.before_image)
         self._features: Features | None = None
         self._context: Context | None = None
 
@@ -62,7 +63,7 @@ class Prompter:
         turns: list[Turn] = []
         semantic = request.semantic
         if semantic is None:
-            context = self._ready(watch)
+            context = self._ready(request, watch)
             with watch.stage("semantic"):
                 turns.append(self._first(context, request.ids))
             semantic = self._tokenizer.semantic(turns[0].tokens)
@@ -72,7 +73,7 @@ class Prompter:
         if spatial is None and semantic.is_none:
             spatial = SpatialPrompt.empty()
         if spatial is None:
-            context = self._ready(watch)
+            context = self._ready(request, watch)
             with watch.stage("spatial"):
                 first = turns[0] if turns else None
                 turns.append(self._second(context, request.ids, semantic, first))
@@ -95,18 +96,29 @@ class Prompter:
         written = self._tokenizer.encode(semantic.text)
         return generate(context, [*prompt, *written, *between], constraint, features=features)
 
-    def _ready(self, watch: Stopwatch) -> Context:
-        if self._context is None:
+    def _ready(self, request: Request, watch: Stopwatch) -> Context:
+        """A context with room for both turns; the image's features are there."""
+        if self._features is None:
             with watch.stage("vision"):
                 self._features = self._mllm.encode_image(self._patches())
-                self._context = self._mllm.open()
+        need = min(self._longest(request), self._bundle.manifest.shapes.max_length)
+        if self._context is None or self._context.capacity < need:
+            self._context = self._mllm.open(need, prefix=self._prefix[: self._before])
         return self._context
 
+    def _longest(self, request: Request) -> int:
+        """Tokens of the longest conversation that ``request`` can lead to."""
+        tokenizer, semantic = self._tokenizer, request.semantic
+        given = 0 if semantic is None else len(tokenizer.encode(semantic.text))
+        written = given or tokenizer.semantic_constraint.max_tokens
+        located = tokenizer.spatial_constraint(MAX_TARGETS).max_tokens
+        return len(self._prefix) + len(request.ids) + written + len(tokenizer.between_stages) + located
+
     def _from_image(self, context: Context, ids: tuple[int, ...]) -> tuple[list[int], Features | None]:
-        """Back to the end of the image, or to the beginning if the cache does not hold the image yet."""
-        held = len(self._prefix) if context.length >= len(self._prefix) else 0
-        context.truncate(held)
-        return [*self._prefix[held:], *ids], None if held else self._features
+        """Back to the end of the image, or to the text before it if the cache does not hold the image yet."""
+        holds = context.length >= len(self._prefix)
+        context.truncate(len(self._prefix) if holds else self._before)
+        return [*self._prefix[context.length :], *ids], None if holds else self._features
 
     def _patches(self) -> Float32Array:
         config = self._bundle.config.mllm

@@ -34,6 +34,11 @@ class Context(Protocol):
         """Tokens in the cache."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache can hold."""
+        ...
+
     def extend(self, token_ids: Sequence[int], features: Features | None = None) -> Float32Array:
         """Run a block of any length and return the logits f32 [vocabulary] after its last token.
 
@@ -54,8 +59,12 @@ class MLLMSession(Protocol):
         """Patches f32 [patches, patch_dim] (``ppcr.images.patchify``) to the features of one image."""
         ...
 
-    def open(self, max_length: int | None = None) -> Context:
-        """An empty conversation with its own KV cache, ``max_length`` tokens long (default: the most)."""
+    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> Context:
+        """A conversation that begins with ``prefix`` (text), with a KV cache of its own.
+
+        The cache holds ``max_length`` tokens (default: the most) or more. What was computed for a prefix once
+        may be copied for the conversations to come. Raises ValueError when that is too long or too short.
+        """
         ...
 
 

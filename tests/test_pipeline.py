@@ -23,7 +23,7 @@ from ppcr.prompts import SemanticPrompt
 from runtime import Pipeline, Result
 from runtime.bundle import Bundle
 from runtime.session import BACKENDS, Features, Prompts, Sessions, load_sessions
-from runtime.timing import STAGES, Stopwatch
+from runtime.timing import STAGES
 from tests import factory
 
 ONE, TWO, THREE = "the red cube", "large metal sphere left of the gray cube", "green"
@@ -71,7 +71,13 @@ class ScriptedMLLM:
         self.images += 1
         return "features"
 
-    def open(self, max_length: int | None = None) -> ScriptedMLLM:
+    @property
+    def capacity(self) -> int:
+        return 384
+
+    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> ScriptedMLLM:
+        assert self.read == [] and max_length is not None
+        self.read.extend(prefix)
         return self
 
     def truncate(self, length: int) -> None:
@@ -148,8 +154,8 @@ def test_second_expression_equals_a_fresh_scene_and_reuses_the_image(pipeline: P
     first, second, again = scene.segment(ONE), scene.segment(TWO), scene.segment(ONE)
     assert_same(second, pipeline.open(factory.picture(2)).segment(TWO))
     assert_same(again, first)
-    prefix = len(pipeline.bundle.tokenizer.prefix(64))
-    assert second.costs.reused_tokens >= first.costs.reused_tokens + prefix
+    image = len(pipeline.bundle.tokenizer.prefix(64)) - len(pipeline.bundle.tokenizer.before_image)
+    assert second.costs.reused_tokens >= first.costs.reused_tokens + image
     assert {"image", "vision", "encoder"} <= set(first.timings)
     assert not {"image", "vision", "encoder"} & set(second.timings)
 
@@ -316,15 +322,65 @@ def test_a_bad_expression_spoils_no_batch(bundle: Bundle) -> None:
     assert mllm.images == 0
 
 
-def test_a_failure_inside_a_turn_leaves_the_scene_usable(plain: Pipeline) -> None:
+def test_a_failure_inside_a_turn_leaves_the_scene_usable(
+    plain: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = plain.open(factory.picture(9)).segment(ONE)
     scene = plain.open(factory.picture(9))
-    expected = scene.segment(ONE)
-    fresh = plain.open(factory.picture(9))
-    fresh._prompter._ready(Stopwatch())
-    context = fresh._prompter._context
-    assert context is not None
-    context.extend([5, 6, 7])  # as if interrupted before the image was read
-    assert_same(fresh.segment(ONE), expected)
+    for after in (0, 1, 20):
+        calls = iter(range(after))
+        original = type(plain.sessions.mllm.open()).extend
+
+        def interrupted(context: Any, *given: Any, calls: Any = calls, original: Any = original) -> Any:
+            if next(calls, None) is None:
+                raise KeyboardInterrupt
+            return original(context, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(plain.sessions.mllm.open()), "extend", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                scene.segment(ONE)
+    assert_same(scene.segment(ONE), expected)
+
+
+def test_a_longer_expression_gets_a_longer_cache(plain: Pipeline) -> None:
+    long = " left of the red cube".join(["the green sphere"] * 12)
+    scene = plain.open(factory.picture(13))
+    short = scene.segment(ONE)
+    assert_same(scene.segment(long), plain.open(factory.picture(13)).segment(long))
+    assert_same(scene.segment(ONE), short)
+
+
+def test_a_prefix_is_copied_as_it_was_computed(bundle: Bundle) -> None:
+    mllm = load_sessions("onnxruntime", bundle, threads=1).mllm
+    prefix, rest = bundle.tokenizer.before_image, bundle.tokenizer.encode("the red cube")
+    first, second = mllm.open(prefix=prefix), mllm.open(prefix=prefix)
+    assert first.length == second.length == len(prefix)
+    whole = mllm.open().extend([*prefix, *rest]).copy()
+    for context in (first, second):
+        np.testing.assert_allclose(context.extend(rest), whole, rtol=1e-4, atol=1e-4)
+    # What one conversation goes on to say does not reach the next.
+    third = mllm.open(prefix=prefix)
+    np.testing.assert_allclose(third.extend(rest), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_contexts_have_bounds(bundle: Bundle) -> None:
+    mllm = load_sessions("onnxruntime", bundle, threads=1).mllm
+    context = mllm.open(10)
+    assert context.length == 0 and context.capacity >= 10
+    for wrong in (lambda: mllm.open(0), lambda: mllm.open(385), lambda: context.truncate(1)):
+        with pytest.raises(ValueError):
+            wrong()
+    context.extend([5, 6, 7])
+    with pytest.raises(ValueError, match="image tokens"):
+        context.extend([bundle.tokenizer.image_token])
+    with pytest.raises(ValueError, match="do not fit"):
+        context.extend([5] * 400)
+    with pytest.raises(ValueError, match="do not fit"):
+        context.extend([])
+    assert context.length == 3
+    context.truncate(1)
+    assert context.length == 1
 
 
 @pytest.mark.parametrize("kind", ["path", "pillow", "array"])
