@@ -93,7 +93,7 @@ def test_packed_conversations_equal_separate_stock_forwards(
         if attention == PLAIN:
             mask = torch.zeros(mask.shape).masked_fill(~mask, -1e9)
         hidden, _ = text_hidden(
-            language, embeddings, torch.from_numpy(batch["positions"]).transpose(0, 1), mask, tap=1
+            language, embeddings, torch.from_numpy(batch["positions"]).transpose(0, 1), mask, taps=(1,)
         )
         language.config._attn_implementation = previous
         ours = (hidden @ language.embed_tokens.weight.T)[0]

@@ -84,18 +84,22 @@ def test_pointing_prefers_the_wanted_cell_and_the_nothing_choice() -> None:
     image = torch.randn(1, 16, 8)
     centres = torch.tensor([[[0.9, 0.1], [0.1, 0.9]]])
     with torch.no_grad():
-        head.query.weight.zero_()
-        head.query.bias.zero_()
-        head.key.weight.copy_(torch.eye(8).repeat(2, 1))
-        head.key.bias.zero_()
-    answers, scene = torch.zeros(1, 8), torch.zeros(1, dtype=torch.int64)
+        for query, key in zip(head.query, head.key, strict=True):
+            for layer in (query, key):
+                assert isinstance(layer, torch.nn.Linear)
+                layer.weight.copy_(torch.eye(8) if layer is key else torch.zeros(8, 8))
+                layer.bias.zero_()
+    answers, scene = (torch.zeros(1, 8), torch.zeros(1, 8)), torch.zeros(1, dtype=torch.int64)
+    images = (image, image)
     wanted = torch.tensor([[[True, False], [False, False]]])
-    flat = head(answers, scene, image, centres, wanted)["point"]
+    flat = head(answers, scene, images, centres, wanted)["point"]
     # All logits are equal: each of the two questions costs the entropy of 16 cells and nothing.
     assert float(flat.detach()) == pytest.approx(np.log(17), rel=1e-5)
     with torch.no_grad():
-        head.query.bias[:8] = 20 * image[0, 3]  # cell of (0.9, 0.1): column 3 of row 0
-    after = head(answers, scene, image, centres, wanted)
+        first = head.query[0]
+        assert isinstance(first, torch.nn.Linear)
+        first.bias.copy_(20 * image[0, 3])  # cell of (0.9, 0.1): column 3 of row 0
+    after = head(answers, scene, images, centres, wanted)
     assert float(after["point"].detach()) < float(flat.detach()) and float(after["pointed"]) == 1.0
 
 

@@ -7,6 +7,7 @@ batch of patches), which is what training needs; a test holds them equal to the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -234,23 +235,28 @@ def _patch_positions(grid: int, merge: int, device: torch.device) -> Tensor:
 
 
 def text_hidden(
-    language: Qwen2_5_VLTextModel, embeddings: Tensor, positions: Tensor, mask: Tensor, *, tap: int
-) -> tuple[Tensor, Tensor]:
+    language: Qwen2_5_VLTextModel,
+    embeddings: Tensor,
+    positions: Tensor,
+    mask: Tensor,
+    *,
+    taps: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor]]:
     """Hidden states of packed conversations.
 
     Args:
         embeddings: [B, T, hidden].
         positions: int64 [3, B, T] multimodal rotary positions (time, height, width).
         mask: [B, 1, T, T]: bool (True = may attend) or additive, as the attention implementation takes it.
-        tap: also return the hidden states after this many layers.
+        taps: also return the hidden states after these numbers of layers.
 
     Returns:
         final (after the last norm) and tapped hidden states, each [B, T, hidden].
     """
     rotary = language.rotary_emb(embeddings, positions)
-    hidden = tapped = embeddings
+    hidden, tapped = embeddings, {}
     for index, layer in enumerate(language.layers):
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-        if index + 1 == tap:
-            tapped = hidden
-    return language.norm(hidden), tapped
+        if index + 1 in taps:
+            tapped[index + 1] = hidden
+    return language.norm(hidden), [tapped[tap] for tap in taps]

@@ -100,28 +100,36 @@ class PointingHead(nn.Module):
     def __init__(self, width: int, grid: int, channels: int = 128) -> None:
         super().__init__()
         self.grid = grid
-        self.query = nn.Linear(width, 2 * channels)
-        self.key = nn.Linear(width, 2 * channels)
+        self.query = nn.ModuleList(nn.Linear(width, channels) for _ in range(2))
+        self.key = nn.ModuleList(nn.Linear(width, channels) for _ in range(2))
         self.nothing = nn.Parameter(torch.zeros(2, channels))
         self.channels = channels
         self.counts = nn.Linear(width, MAX_TARGETS + 1)
 
     def forward(
-        self, answers: Tensor, scene: Tensor, image: Tensor, centres: Tensor, wanted: Tensor
+        self,
+        answers: tuple[Tensor, Tensor],
+        scene: Tensor,
+        image: tuple[Tensor, Tensor],
+        centres: Tensor,
+        wanted: Tensor,
     ) -> dict[str, Tensor]:
         """Loss terms, and the share of answers whose first choice of a target is right.
 
         Args:
-            answers: [M, width] hidden states; scene: int64 [M], the image each belongs to.
-            image: [B, grid*grid, width] hidden states of image tokens.
+            answers: [M, width] hidden states to find targets, and those to find landmarks, with.
+            scene: int64 [M], the image each answer belongs to.
+            image: [B, grid*grid, width] hidden states of image tokens, for targets and for landmarks.
             centres: [B, N, 2] object centres; wanted: bool [M, 2, N] targets and landmarks.
         """
-        rows = answers.shape[0]
-        query = self.query(answers).float().view(rows, 2, self.channels)
-        key = self.key(image).float().view(*image.shape[:2], 2, self.channels)[scene]
-        logits = torch.einsum("mhc,mphc->mhp", query, key)
-        logits = torch.cat([logits, torch.einsum("mhc,hc->mh", query, self.nothing)[..., None]], -1)
-        logits = logits.float() / self.channels**0.5
+        scores = []
+        for query, key, nothing, answer, tokens in zip(
+            self.query, self.key, self.nothing, answers, image, strict=True
+        ):
+            asked = query(answer).float()
+            fitting = torch.einsum("mc,mpc->mp", asked, key(tokens).float()[scene])
+            scores.append(torch.cat([fitting, (asked @ nothing)[:, None]], -1))
+        logits = torch.stack(scores, 1).float() / self.channels**0.5  # [M, 2, cells + 1]
         cells = _cells(centres, self.grid)[scene]  # [M, N]
         target = torch.zeros_like(logits)
         target.scatter_add_(-1, cells[:, None].expand(-1, 2, -1), wanted.float())
@@ -133,7 +141,7 @@ class PointingHead(nn.Module):
         target = target / target.sum(-1, keepdim=True)
         loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
         right = target.gather(-1, logits.argmax(-1, keepdim=True)).gt(0)[:, 0].float().mean()
-        counts = F.cross_entropy(self.counts(answers).float(), wanted[:, 0].sum(-1))
+        counts = F.cross_entropy(self.counts(answers[0]).float(), wanted[:, 0].sum(-1))
         return {"point": loss, "fits": fits, "many": counts, "pointed": right}
 
 

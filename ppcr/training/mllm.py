@@ -69,7 +69,8 @@ class Recipe:
     level_2_at: float = 0.30
     # The tower sees what it will by then, and a fifth of the time of a step is its backward pass.
     freeze_vision_at: float = 0.6
-    tap: int = 4
+    # After how many layers of the language model landmarks, then targets, should be found.
+    taps: tuple[int, int] = (2, 4)
     seed: int = 0
 
 
@@ -77,10 +78,14 @@ class Trainer(nn.Module):
     """The MLLM and its training-only heads; ``forward`` gives the loss terms of one batch."""
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, size: TinyMLLM, first_location: int, tap: int
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        size: TinyMLLM,
+        first_location: int,
+        taps: tuple[int, int],
     ) -> None:
         super().__init__()
-        self.model, self.size, self.first_location, self.tap = model, size, first_location, tap
+        self.model, self.size, self.first_location, self.taps = model, size, first_location, taps
         self.objects = ObjectHead(size.hidden, size.grid)
         self.pointing = PointingHead(size.hidden, size.grid)
         self.places = PlaceHead(size.hidden, size.grid)
@@ -108,8 +113,8 @@ class Trainer(nn.Module):
         embeddings = language.embed_tokens(ids)
         is_image = ids == self.model.config.image_token_id
         embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
-        hidden, tapped = text_hidden(
-            language, embeddings, batch["positions"].transpose(0, 1), batch["mask"], tap=self.tap
+        hidden, (early, late) = text_hidden(
+            language, embeddings, batch["positions"].transpose(0, 1), batch["mask"], taps=self.taps
         )
         table = language.embed_tokens.weight
         words = batch["labels"] != IGNORE
@@ -128,8 +133,8 @@ class Trainer(nn.Module):
         conversation = batch["pointing"][rows]
         wanted = torch.stack([batch["targets"], batch["landmarks"]], 2)[scene, conversation]
         centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / 2
-        image = tapped[is_image].view(ids.shape[0], -1, tapped.shape[-1])
-        terms |= self.pointing(tapped[rows], scene, image, centres, wanted)
+        found, image = (h[is_image].view(ids.shape[0], -1, h.shape[-1]) for h in (early, late))
+        terms |= self.pointing((late[rows], early[rows]), scene, (image, found), centres, wanted)
         coordinates = coordinates.view(*scenes.present.shape, -1)
         terms["spell"] = self.places(image, coordinates, scenes.present, locations, sigma)
         with torch.no_grad():
@@ -195,7 +200,7 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
     tokenizer = PromptTokenizer.load(output / "mllm" / "tokenizer.json")
     size = TinyMLLM()
     trainer = Trainer(
-        build_mllm(size, tokenizer, seed=recipe.seed), size, tokenizer.first_location, recipe.tap
+        build_mllm(size, tokenizer, seed=recipe.seed), size, tokenizer.first_location, recipe.taps
     )
     trainer.to(device).train()
     if device.type == "cpu":
