@@ -24,7 +24,7 @@ class Drawer:
 
     Args:
         image: uint8 [H, W, 3] RGB, the original.
-        background: where to encode the image at once; None: in the caller's thread, when masks are wanted.
+        background: where `start` encodes the image; None: in the caller's thread, when masks are wanted.
     """
 
     def __init__(
@@ -39,9 +39,13 @@ class Drawer:
         config = bundle.config.segmenter
         self._pixels = images.normalise(images.resize(image, config.image_size), config.mean, config.std)
         self._features: Features | None = None
+        self._background = background
         self._encoding: Future[tuple[Features, float]] | None = None
-        if background is not None:
-            self._encoding = background.submit(self._encode)
+
+    def start(self) -> None:
+        """Begin to encode the image in the background, if there is one and it has not begun."""
+        if self._background is not None and self._encoding is None:
+            self._encoding = self._background.submit(self._encode)
 
     def draw(self, answers: Sequence[Answer], watches: Sequence[Stopwatch]) -> list[Drawing]:
         """The masks of all answers as one batch, whose time is shared out equally; none for "none"."""

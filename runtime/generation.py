@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,12 +37,14 @@ def generate(
     *,
     features: Features | None = None,
     max_tokens: int | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Turn:
     """Feed ``prompt``, then decode the most likely answer that ``constraint`` allows, token by token.
 
     Tokens that are forced (literals, a choice of one, the end of a full field) are appended without asking
     the model; they are fed in one block together with whatever comes before the next decision. What follows
-    the last decision is not fed at all. ``features`` belong to image tokens in ``prompt``.
+    the last decision is not fed at all. ``features`` belong to image tokens in ``prompt``. ``meanwhile`` is
+    called once, after the first block: what it starts runs beside the steps, which leave processors idle.
 
     Raises:
         ValueError: the answer could be longer than ``max_tokens``, or the context is too short.
@@ -63,6 +65,8 @@ def generate(
             continue
         logits = context.extend(pending, features)
         calls, fed, features = calls + 1, fed + len(pending), None
+        if meanwhile is not None and calls == 1:
+            meanwhile()
         token = best(logits, cursor.allowed())
         cursor.advance(token)
         answer.append(token)

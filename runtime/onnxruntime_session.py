@@ -14,10 +14,10 @@ from ppcr.manifest import REBUILD, Shapes
 from runtime.bundle import Bundle
 from runtime.positions import Tables, make_tables
 from runtime.session import Float32Array, Prompts, Sessions
+from runtime.threads import share_threads
 
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, "ort.OrtValue"]
-_BYTES_PER_THREAD = 32 << 20
 # Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
 Snapshot = dict[tuple[str, int], npt.NDArray[np.float32]]
 _CACHE_STEP = 64
@@ -25,28 +25,17 @@ ENCODED = ("image_features", "high_res_0", "high_res_1")
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
-    """Both sessions of a bundle, which together never use more than ``threads`` processors at once.
+    """Both sessions of a bundle, using ``threads`` processors.
 
     Raises:
         BundleError: a graph cannot be read, or does not take what this runtime feeds.
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
     plan = share_threads(threads, bundle.graphs["decoder"].stat().st_size)
-    opened = {role: _open(path, plan[role]) for role, path in bundle.graphs.items()}
+    opened = {role: _open(path, getattr(plan, role)) for role, path in bundle.graphs.items()}
+    stepper = opened["decoder"] if plan.step == plan.decoder else _open(bundle.graphs["decoder"], plan.step)
     segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
-    return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], bundle), segmenter)
-
-
-def share_threads(threads: int, decoder_bytes: int) -> dict[str, int]:
-    """Threads of each graph. The image encoder runs beside the MLLM, so these two share; masks come alone.
-
-    One step of a small decoder is over before a second thread has woken up: it gets another thread only for
-    every further 32 MB of weights.
-    """
-    beside = max(1, threads // 2)
-    mllm = max(1, threads - beside)
-    decoder = min(mllm, 1 + decoder_bytes // _BYTES_PER_THREAD)
-    return {"vision": mllm, "decoder": decoder, "image_encoder": beside, "mask_decoder": threads}
+    return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], stepper, bundle), segmenter)
 
 
 def _open(path: Path, threads: int) -> ort.InferenceSession:
@@ -70,13 +59,19 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
 class OnnxMLLM:
     """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently."""
 
-    def __init__(self, vision: ort.InferenceSession, decoder: ort.InferenceSession, bundle: Bundle) -> None:
+    def __init__(
+        self,
+        vision: ort.InferenceSession,
+        decoder: ort.InferenceSession,
+        stepper: ort.InferenceSession,
+        bundle: Bundle,
+    ) -> None:
         shapes = bundle.manifest.shapes
         if shapes.deepstack:
             raise BundleError(
                 f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}"
             )
-        self._vision, self._decoder = vision, decoder
+        self._vision, self._decoders = vision, (decoder, stepper)
         self._shapes = shapes
         self._embedding = bundle.embedding
         self._image_token = bundle.tokenizer.image_token
@@ -96,7 +91,7 @@ class OnnxMLLM:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on."""
         length = self._cache_length(max_length)
         context = OnnxContext(
-            self._decoder, self._shapes, self._tables, self._embedding, self._image_token, length
+            self._decoders, self._shapes, self._tables, self._embedding, self._image_token, length
         )
         key = tuple(prefix)
         if not key:
@@ -130,14 +125,14 @@ class OnnxContext:
 
     def __init__(
         self,
-        decoder: ort.InferenceSession,
+        decoders: tuple[ort.InferenceSession, ort.InferenceSession],
         shapes: Shapes,
         tables: Tables,
         embedding: Float32Array,
         image_token: int,
         length: int,
     ) -> None:
-        self._decoder, self._tables = decoder, tables
+        (self._decoder, self._stepper), self._tables = decoders, tables
         self._embedding, self._image_token = embedding, image_token
         self._capacity, self._length = length, 0
         half = shapes.head_dim // 2
@@ -158,13 +153,13 @@ class OnnxContext:
             for layer in range(shapes.layers)
             for kind in "kv"
         }
-        self._single, self._block = self._bind(), self._bind()
+        self._single, self._block = self._bind(self._stepper), self._bind(self._decoder)
         for name, buffer in self._step.items():
             self._single.bind_cpu_input(name, buffer)
         self._block.bind_cpu_input("logits_index", self._last)
 
-    def _bind(self) -> ort.IOBinding:
-        binding = self._decoder.io_binding()
+    def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
+        binding = session.io_binding()
         for (kind, layer), memory in self._cache.items():
             value = ort.OrtValue.ortvalue_from_numpy(memory)
             binding.bind_ortvalue_input(f"{kind}_cache_{layer}", value)
@@ -218,7 +213,7 @@ class OnnxContext:
         step["rope_cos"][0, 0] = tables.cos[start]
         step["rope_sin"][0, 0] = tables.sin[start]
         step["attn_mask"][0, 0, 0] = self._mask[start]
-        self._decoder.run_with_iobinding(self._single)
+        self._stepper.run_with_iobinding(self._single)
 
     def _run_block(self, ids: npt.NDArray[np.int64], start: int, features: Float32Array | None) -> None:
         count, tables, rows = len(ids), self._tables, slice(start, start + len(ids))

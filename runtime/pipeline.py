@@ -78,8 +78,7 @@ class Pipeline:
     def open(self, image: ImageSource) -> Scene:
         """Take an image (path, Pillow image, or array as ``ppcr.images.as_rgb`` reads it) to look at.
 
-        Where there are two threads or more, the segmenter starts on it at once, in the background.
-        Raises ImageError.
+        The models begin with the first expression. Raises ImageError.
         """
         return Scene(self, image)
 
@@ -105,7 +104,7 @@ class Scene:
         with self._opening.stage("image"):
             self.image = images.as_rgb(image)
             self._drawer = Drawer(self._bundle, pipeline.sessions.segmenter, self.image, pipeline.background)
-        self._prompter = Prompter(self._bundle, pipeline.sessions.mllm, self.image)
+        self._prompter = Prompter(self._bundle, pipeline.sessions.mllm, self.image, self._drawer.start)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,9 +50,17 @@ class Prompter:
 
     Args:
         image: uint8 [H, W, 3] RGB, the original.
+        meanwhile: called whenever steps of single tokens begin: what it starts runs beside them.
     """
 
-    def __init__(self, bundle: Bundle, mllm: MLLMSession, image: npt.NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        mllm: MLLMSession,
+        image: npt.NDArray[np.uint8],
+        meanwhile: Callable[[], None],
+    ) -> None:
+        self._meanwhile = meanwhile
         self._bundle, self._tokenizer, self._mllm, self._image = bundle, bundle.tokenizer, mllm, image
         self._prefix = bundle.tokenizer.prefix(bundle.manifest.shapes.image_tokens)
         self._before = len(bundle.tokenizer.before_image)
@@ -82,7 +91,8 @@ class Prompter:
 
     def _first(self, context: Context, ids: tuple[int, ...]) -> Turn:
         prompt, features = self._from_image(context, ids)
-        return generate(context, prompt, self._tokenizer.semantic_constraint, features=features)
+        constraint = self._tokenizer.semantic_constraint
+        return generate(context, prompt, constraint, features=features, meanwhile=self._meanwhile)
 
     def _second(
         self, context: Context, ids: tuple[int, ...], semantic: SemanticPrompt, first: Turn | None
@@ -94,7 +104,8 @@ class Prompter:
         # The first turn was given: its text is read as if the model had written it.
         prompt, features = self._from_image(context, ids)
         written = self._tokenizer.encode(semantic.text)
-        return generate(context, [*prompt, *written, *between], constraint, features=features)
+        block = [*prompt, *written, *between]
+        return generate(context, block, constraint, features=features, meanwhile=self._meanwhile)
 
     def _ready(self, request: Request, watch: Stopwatch) -> Context:
         """A context with room for both turns; the image's features are there."""

@@ -20,9 +20,9 @@ from ppcr.errors import BundleError
 from ppcr.manifest import EMBEDDING, EMBEDDING_KEY, MANIFEST, PREPROCESS, TOKENIZER, FileEntry, Manifest
 from ppcr.model.mllm import TinyMLLM, build_mllm
 from runtime.bundle import Bundle
-from runtime.onnxruntime_session import share_threads
 from runtime.positions import Rotary, make_tables, positions, section_of
 from runtime.session import load_sessions
+from runtime.threads import share_threads
 from tests import factory
 
 Change = Callable[[Path], None]
@@ -240,12 +240,10 @@ def test_wrong_measures_are_refused() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
-@pytest.mark.parametrize("megabytes", [20, 6000])
-def test_threads_are_shared_without_using_more_than_given(threads: int, megabytes: int) -> None:
+@pytest.mark.parametrize("megabytes", [20, 100, 6000])
+def test_threads_are_shared(threads: int, megabytes: int) -> None:
     plan = share_threads(threads, megabytes << 20)
-    assert set(plan) == set(factory.GRAPHS) and min(plan.values()) >= 1
-    # With one thread the encoder waits for the MLLM; otherwise they run side by side.
-    if threads > 1:
-        assert max(plan["vision"], plan["decoder"]) + plan["image_encoder"] <= threads
-    assert plan["mask_decoder"] == threads
-    assert plan["decoder"] == (1 if megabytes == 20 else plan["vision"])
+    assert plan.vision == plan.decoder == plan.mask_decoder == threads
+    assert plan.step == min(threads, 1 + megabytes // 32)
+    # The encoder takes what the steps leave, and one thread where they leave none.
+    assert plan.image_encoder == max(1, threads - plan.step)

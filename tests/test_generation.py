@@ -123,6 +123,14 @@ def test_features_go_with_the_prompt_alone() -> None:
     assert context.seen_features == [features, None, None]
 
 
+def test_what_runs_meanwhile_starts_after_the_first_block() -> None:
+    context, started = FakeContext(), list[int]()
+    generate(
+        context, PROMPT, Constraint((Choice((1, 2)),) * 3), meanwhile=lambda: started.append(context.length)
+    )
+    assert started == [len(PROMPT)]
+
+
 def test_too_long_a_constraint_is_refused_before_anything_runs() -> None:
     context = FakeContext()
     with pytest.raises(ValueError, match="4 tokens"):
