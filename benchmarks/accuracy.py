@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 from tqdm import tqdm
 
-from benchmarks import machine
+from benchmarks import machine, results
 from benchmarks.ablation import BOTH, VARIANTS, best
 from benchmarks.examples import SIZE, examples
 from benchmarks.systems import Engine, Reference, System
@@ -58,15 +58,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--ablate", action="store_true", help="compare the four ways to prompt as well")
     made.add_argument("--protocol", choices=_PROTOCOLS, default="default", help="how masks are compared")
     made.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
+    results.add_option(made)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return its exit code."""
-    return run_cli(lambda: _accuracy(parser().parse_args(argv)))
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_cli(lambda: _accuracy(parser().parse_args(words), words))
 
 
-def _accuracy(arguments: argparse.Namespace) -> int:
+def _accuracy(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    results.check_name(arguments.save)
     if arguments.limit < 1:
         raise UsageError(f"--limit must be 1 or more, not {arguments.limit}")
     if arguments.checkpoint is not None and arguments.precision != AUTO:
@@ -97,6 +100,8 @@ def _accuracy(arguments: argparse.Namespace) -> int:
         result["ablation"] = {name: one.to_json() for name, one in figures.items()}
         result["best"] = best(figures)
     print(f"\n{seconds:.1f} s, rendering included")
+    if arguments.save is not None:
+        results.save(arguments.save, "accuracy.py", words, machine.describe(), result)
     print(json.dumps({**result, "versions": machine.versions()}))
     return 0
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,18 +21,16 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import numpy as np
 from PIL import Image
 
-from benchmarks import card, machine, report
+from benchmarks import card, machine, report, results
 from benchmarks.examples import SIZE, Example, examples
 from benchmarks.worker import PLAIN, Task
 from benchmarks.workers import cold_start, measure_rows
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.data.graph import Split
 from ppcr.errors import UsageError, run_cli
-from ppcr.files import write_json
 from ppcr.manifest import Manifest
 from runtime.bundle import DEFAULT_BUNDLE
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SPLIT: Split = "test"
 
 
@@ -60,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, default=2, metavar="N", help="rounds over all images")
     made.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     made.add_argument("--precision", metavar="A,B", help="rows of the bundle (default: all it holds)")
-    made.add_argument("--save", metavar="NAME", help=f"write {RESULTS.name}/NAME.json as well")
+    results.add_option(made)
     return made
 
 
@@ -76,8 +72,7 @@ def _latency(arguments: argparse.Namespace, words: Sequence[str]) -> int:
             raise UsageError(f"--{name} must be 1 or more, not {getattr(arguments, name)}")
     if min(arguments.threads) < 1:
         raise UsageError(f"--threads must be 1 or more, not {min(arguments.threads)}")
-    if arguments.save is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", arguments.save):
-        raise UsageError("--save takes a plain name of letters, digits, dots, dashes and underscores")
+    results.check_name(arguments.save)
     manifest = Manifest.load(arguments.bundle)
     precisions = _precisions(arguments.precision, manifest)
     for precision in precisions:
@@ -120,15 +115,12 @@ def _latency(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     }
     if arguments.save is not None:
         record = {
-            "command": shlex.join(["python", "benchmarks/latency.py", *words]),
-            "machine": described,
             "weights_bytes": {precision: card.weights(manifest, precision) for precision in precisions},
             "flops": {stage: {k: round(v) for k, v in counts.items()} for stage, counts in work.items()},
             "rows": [row.to_json() for row in rows],
             "summary": summary,
         }
-        write_json(RESULTS / f"{arguments.save}.json", record)
-        print(f"results  {RESULTS.parent.name}/{RESULTS.name}/{arguments.save}.json")
+        results.save(arguments.save, "latency.py", words, described, record)
     print(json.dumps(summary))
     return 0
 
