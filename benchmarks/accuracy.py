@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,7 +24,7 @@ from benchmarks.ablation import BOTH, VARIANTS, best
 from benchmarks.examples import SIZE, examples
 from benchmarks.systems import Engine, Reference, System
 from ppcr.data.graph import SPLITS, Split
-from ppcr.errors import UsageError, run_cli
+from ppcr.errors import CommandParser, UsageError, run_cli
 from ppcr.evaluation.metrics import PROTOCOLS, Case, Protocol, Summary, by_kind, compare, stretch, summarise
 from runtime.bundle import AUTO, DEFAULT_BUNDLE, PRECISIONS
 from runtime.pipeline import Pipeline
@@ -35,14 +35,11 @@ _COLUMNS = ("mIoU", "oIoU", "P@0.5", "P@0.7", "P@0.9", "none ok", "none bad")
 _HEAD = f"{'':<18}{'n':>6}" + "".join(f"{name:>9}" for name in _COLUMNS)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows the options)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    made = _Parser(description="Accuracy of a bundle, or of the torch reference, on a split of the scenes.")
+    made = CommandParser(
+        description="Accuracy of a bundle, or of the torch reference, on a split of the scenes."
+    )
     made.add_argument(
         "--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR", help="the bundle (default: %(default)s)"
     )

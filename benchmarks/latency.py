@@ -13,7 +13,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -27,21 +26,16 @@ from benchmarks.worker import PLAIN, Task
 from benchmarks.workers import cold_start, measure_rows
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.data.graph import Split
-from ppcr.errors import UsageError, run_cli
+from ppcr.errors import CommandParser, UsageError, run_cli
 from ppcr.manifest import Manifest
 from runtime.bundle import DEFAULT_BUNDLE
 
 SPLIT: Split = "test"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows the options)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    made = _Parser(description="Latency of a bundle, stage by stage, beside the plain torch pipeline.")
+    made = CommandParser(description="Latency of a bundle, stage by stage, beside the plain torch pipeline.")
     made.add_argument(
         "--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR", help="the bundle (default: %(default)s)"
     )

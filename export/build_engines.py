@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ppcr.checkpoint import SHIPPED, Checkpoint
-from ppcr.errors import BundleError, run_cli
+from ppcr.errors import BundleError, CommandParser, run_cli
 from ppcr.files import atomic_directory
 from ppcr.manifest import MANIFEST, Manifest, Parity
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     summary = "Export a checkpoint to a bundle that runs without torch, held to the parity gate."
-    out = argparse.ArgumentParser(description=summary)
+    out = CommandParser(description=summary)
     shipped = "default: the shipped ppcr-tiny"
     out.add_argument("--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help=shipped)
     output = "default: %(default)s"

@@ -6,6 +6,7 @@ traceback; set ``PPCR_DEBUG=1`` to see the traceback as well.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -110,6 +111,14 @@ EXIT_CODES: dict[int, str] = {
     EXIT_BROKEN_PIPE: "the reader of the output went away (as in `| head`)",
     EXIT_TERMINATED: "terminated (SIGTERM)",
 }
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are one line, as every other error's."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError instead of printing the usage and exiting."""
+        raise UsageError(f"{message} (--help shows the options)")
 
 
 def is_disk_full(error: BaseException) -> bool:

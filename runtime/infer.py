@@ -12,13 +12,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ppcr.boxes import parse_box
-from ppcr.errors import EXIT_CODES, OutputError, UsageError, one_line, run_cli
+from ppcr.errors import EXIT_CODES, CommandParser, OutputError, UsageError, one_line, run_cli
 from runtime.bundle import AUTO, DEFAULT_BUNDLE, PRECISIONS
 from runtime.pipeline import Pipeline, Scene
 from runtime.result import Result
@@ -26,15 +25,10 @@ from runtime.result import Result
 _MAX_SHOWN = 100
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows the options)")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     codes = "; ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items())
-    made = _Parser(
+    made = CommandParser(
         description="Segment what expressions name in an image, with a bundle and without torch.",
         epilog=f"exit codes: {codes}",
     )

@@ -32,6 +32,10 @@ class FakeContext:
     def length(self) -> int:
         return len(self.read)
 
+    @property
+    def capacity(self) -> int:
+        return 1000
+
     def extend(self, token_ids: Sequence[int], features: object | None = None) -> npt.NDArray[np.float32]:
         assert len(token_ids) > 0
         self.blocks.append(tuple(token_ids))

@@ -1,0 +1,123 @@
+"""One training step of the prompt MLLM: the model with its training-only heads, and its optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from ppcr.model.mllm import TinyMLLM, text_hidden, vision_features
+from ppcr.prompts import LOCATION_BINS
+from ppcr.training.grounding_loss import ObjectHead, PlaceHead, PointingHead, location_targets
+from ppcr.training.mllm_data import Scenes, draw
+from ppcr.training.packing import IGNORE
+
+LOOK_SHARE = 0.3
+SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.15, "many": 0.3}
+"""Weight of each loss term once the model talks; looking alone weighs 1, then LOOK_SHARE."""
+
+
+class Trainer(nn.Module):
+    """The MLLM and its training-only heads; ``forward`` gives the loss terms of one batch."""
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        size: TinyMLLM,
+        first_location: int,
+        taps: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.model, self.size, self.first_location, self.taps = model, size, first_location, taps
+        self.objects = ObjectHead(size.hidden, size.grid)
+        self.pointing = PointingHead(size.hidden, size.grid)
+        self.places = PlaceHead(size.hidden, size.grid)
+
+    def look(self, scenes: Scenes, *, frozen: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Image tokens [B, 64, hidden] and the terms of the object head; ``frozen`` learns nothing here."""
+        with torch.set_grad_enabled(not frozen):
+            features = vision_features(self.model, scenes.patches, self.size.grid)
+            terms = self.objects(features, scenes.boxes, scenes.points, scenes.classes, scenes.present)
+        return features, terms
+
+    def forward(
+        self, batch: dict[str, Tensor], scenes: Scenes, sigma: float, *, frozen: bool = False
+    ) -> dict[str, Tensor]:
+        """Terms of looking and talking; ``sigma`` is the softness of location targets in bins."""
+        features, terms = self.look(scenes, frozen=frozen)
+        coordinates = torch.cat([scenes.points, scenes.boxes], -1).flatten(1)  # [B, N*6]
+
+        def values(reference: Tensor) -> Tensor:
+            return coordinates.gather(1, reference.clamp(min=0))
+
+        located = (values(batch["reference"]) * LOCATION_BINS).long().clamp(0, LOCATION_BINS - 1)
+        ids = torch.where(batch["reference"] >= 0, located + self.first_location, batch["ids"])
+        language = self.model.model.language_model
+        embeddings = language.embed_tokens(ids)
+        is_image = ids == self.model.config.image_token_id
+        embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+        hidden, (early, late) = text_hidden(
+            language, embeddings, batch["positions"].transpose(0, 1), batch["mask"], taps=self.taps
+        )
+        table = language.embed_tokens.weight
+        words = batch["labels"] != IGNORE
+        logits = (hidden[words] @ table[: self.first_location].T).float()
+        labels, weight = batch["labels"][words], batch["weight"][words]
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        terms["word"] = (losses * weight).sum() / weight.sum()
+        places = batch["label_reference"] >= 0
+        locations = table[self.first_location : self.first_location + LOCATION_BINS]
+        place_logits = (hidden[places] @ locations.T).float()
+        true_values = values(batch["label_reference"])[places]
+        soft = location_targets(true_values, sigma)
+        terms["place"] = -(soft * place_logits.log_softmax(-1)).sum(-1).mean()
+        rows = batch["pointing"] >= 0
+        scene = torch.nonzero(rows)[:, 0]
+        conversation = batch["pointing"][rows]
+        wanted = torch.stack([batch["targets"], batch["landmarks"]], 2)[scene, conversation]
+        centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / 2
+        found, image = (h[is_image].view(ids.shape[0], -1, h.shape[-1]) for h in (early, late))
+        terms |= self.pointing((late[rows], early[rows]), scene, (image, found), centres, wanted)
+        coordinates = coordinates.view(*scenes.present.shape, -1)
+        terms["spell"] = self.places(image, coordinates, scenes.present, locations, sigma)
+        with torch.no_grad():
+            right = (logits.argmax(-1) == labels).float()
+            counted = weight > 1
+            terms["words"] = right[~counted].mean()
+            terms["count"] = right[counted].mean()
+            off = (place_logits.argmax(-1) + 0.5) / LOCATION_BINS - true_values
+            terms["within_3pc"] = (off.abs() < 0.03).float().mean()
+            terms["off"] = off.abs().mean()
+        return terms
+
+
+def optimizers(
+    trainer: Trainer, *, muon_lr: float, adam_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks, AdamW for embeddings, norms, biases and heads."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in trainer.named_parameters():
+        inside = ".layers." in name or ".blocks." in name or ".merger.mlp" in name
+        (matrices if inside and parameter.ndim == 2 else rest).append(parameter)
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=adam_lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def to_device(
+    batch: dict[str, Any], size: TinyMLLM, device: torch.device
+) -> tuple[dict[str, Tensor], Scenes]:
+    scenes = batch.pop("scenes")
+    if not isinstance(scenes, Scenes):
+        scenes = draw(scenes, size.image_size, size.patch, size.merge, device)
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    if device.type == "cpu":  # plain_attention adds its mask
+        batch["mask"] = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16).masked_fill_(
+            ~batch["mask"], -1e4
+        )
+    return batch, scenes
