@@ -122,7 +122,7 @@ class BundleWriter:
         with self._step(GRAPHS["vision"]):
             vision = write_vision(*source, paths["vision"], image_size=config.mllm.image_size)
         with self._step(GRAPHS["decoder"]):
-            decoder = write_decoder(*source, paths["decoder"], max_length=config.mllm.max_length)
+            decoder = write_decoder(*source, paths["decoder"])
         self._require_agreement(vision, decoder)
         with self._step(GRAPHS["image_encoder"]):
             write_image_encoder(self.segmenter, paths["image_encoder"])

@@ -93,9 +93,12 @@ def resize(image: UInt8Image, size: tuple[int, int]) -> UInt8Image:
 
 def normalise(image: UInt8Image, mean: Sequence[float], std: Sequence[float]) -> Float32Array:
     """`uint8[H, W, 3]` to contiguous `f32[3, H, W]`: (x / 255 - mean) / std, per channel."""
-    scaled = image.astype(np.float32) / np.float32(255)
-    normal = (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-    return np.ascontiguousarray(normal.transpose(2, 0, 1), np.float32)
+    # Planes first and in place: with a new array for each operation, most of the time goes into fresh memory.
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+    planes /= np.float32(255)
+    planes -= np.asarray(mean, np.float32)[:, None, None]
+    planes /= np.asarray(std, np.float32)[:, None, None]
+    return planes
 
 
 def patchify(pixels: Float32Array, patch: int, merge: int, temporal: int) -> Float32Array:

@@ -95,7 +95,7 @@ def random_bundle() -> Path:
         (root / folder).mkdir(parents=True)
     config, tensors, speech = checkpoint.mllm_config, checkpoint.mllm_tensors, checkpoint.config.mllm
     write_vision(config, tensors, root / GRAPHS["vision"], image_size=speech.image_size)
-    sizes = write_decoder(config, tensors, root / GRAPHS["decoder"], max_length=speech.max_length)
+    sizes = write_decoder(config, tensors, root / GRAPHS["decoder"])
     write_image_encoder(segmenter, root / GRAPHS["image_encoder"])
     write_mask_decoder(segmenter, root / GRAPHS["mask_decoder"])
     int8 = {role: name.replace(".onnx", ".int8.onnx") for role, name in GRAPHS.items()}
