@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
 PRECISIONS = ("fp32", "int8")
-PARITY_SCENES = 64
+PARITY_SCENES = 128
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -77,16 +77,18 @@ def positions(length: int, image_start: int, grid: tuple[int, int]) -> Int64Arra
 
 def rotary_angles(places: Int64Array, rotary: Rotary) -> Float32Array:
     """Angles f32 [n, head_dim / 2] of positions int64 [3, n]."""
-    pairs = np.arange(rotary.head_dim // 2, dtype=np.float32)
-    # float32 throughout, as the reference computes them.
-    frequencies = np.float32(1) / np.power(np.float32(rotary.theta), pairs * 2 / np.float32(rotary.head_dim))
+    # In float32, each step rounded once, as torch does it: a frequency off by its last bit turns a far token
+    # enough to decide near ties between location tokens differently from the reference.
+    exponents = np.arange(0, rotary.head_dim, 2, dtype=np.float32) / np.float32(rotary.head_dim)
+    frequencies = np.float32(1) / np.power(rotary.theta, exponents.astype(np.float64)).astype(np.float32)
     return np.asarray(places[rotary.axes].T.astype(np.float32) * frequencies, np.float32)
 
 
 def make_tables(length: int, image_start: int, grid: tuple[int, int], rotary: Rotary) -> Tables:
     """The tables of every slot of a conversation whose image begins at slot ``image_start``."""
-    angles = rotary_angles(positions(length, image_start, grid), rotary)
-    return Tables(np.cos(angles), np.sin(angles), np.tril(np.ones((length, length), np.bool_)))
+    angles = rotary_angles(positions(length, image_start, grid), rotary).astype(np.float64)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    return Tables(cos, sin, np.tril(np.ones((length, length), np.bool_)))
 
 
 def section_of(values: Sequence[int], head_dim: int) -> tuple[int, ...]:
