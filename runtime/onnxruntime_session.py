@@ -44,8 +44,10 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
-    # Encoder and MLLM run side by side: a thread that spins for work takes the other's processor.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that sleep between a graph's operators cost more than a second one saves. Between runs they must
+    # not spin: encoder and MLLM run side by side, and each would take the other's processor.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
