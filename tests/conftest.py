@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "ppcr" / "assets"
 SHARED = Path(os.environ.get("PPCR_SHARED", ROOT.parent / "shared"))
+
+# A shell's background jobs ignore Ctrl-C, and so would the commands that the tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The models are so small that more threads only make them wait for each other.
 torch.set_num_threads(1)
