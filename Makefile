@@ -63,7 +63,6 @@ demo: $(VENV)/.export
 	$(PY) export/build_engines.py
 	$(PY) runtime/infer.py --image $(DEMO_IMAGE) --expression "$(DEMO_EXPRESSION)" --output $(DEMO_OUTPUT)
 	@test -s $(DEMO_OUTPUT)/overlay.png
-	@echo "overlay: $(DEMO_OUTPUT)/overlay.png"
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
