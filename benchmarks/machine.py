@@ -23,7 +23,7 @@ def describe() -> dict[str, str | int | float]:
         "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _MIB,
         # Whatever else ran at the time slows every row; a reader should see it.
         "load_1min": round(os.getloadavg()[0], 2),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
         "python": platform.python_version(),
         "ppcr": __version__,
         **versions(),
