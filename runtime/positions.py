@@ -77,8 +77,8 @@ def positions(length: int, image_start: int, grid: tuple[int, int]) -> Int64Arra
 
 def rotary_angles(places: Int64Array, rotary: Rotary) -> Float32Array:
     """Angles f32 [n, head_dim / 2] of positions int64 [3, n]."""
-    # In float32, each step rounded once, as torch does it: a frequency off by its last bit turns a far token
-    # enough to decide near ties between location tokens differently from the reference.
+    # In float32, each step rounded once, as torch does it: numpy's own float32 power differs from torch's in
+    # the last bit of some frequencies, and a far token multiplies that.
     exponents = np.arange(0, rotary.head_dim, 2, dtype=np.float32) / np.float32(rotary.head_dim)
     frequencies = np.float32(1) / np.power(rotary.theta, exponents.astype(np.float64)).astype(np.float32)
     return np.asarray(places[rotary.axes].T.astype(np.float32) * frequencies, np.float32)
