@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
         type=_precisions,
         metavar="P[,P]",
         help=f"of {', '.join(PRECISIONS)}, and around a public MLLM of {', '.join(PRETRAINED_PRECISIONS)}; "
-        f"the first is the bundle's default (default: {','.join(PRECISIONS)}; {','.join(PRETRAINED_DEFAULT)})",
+        f"the first is the bundle's default (default: {', '.join(PRECISIONS)}, or there "
+        f"{', '.join(PRETRAINED_DEFAULT)})",
     )
     out.add_argument(
         "--parity-scenes",
@@ -87,7 +88,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def settle(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Fill in the defaults that depend on the checkpoint. Raises UsageError for a precision it cannot have."""
+    """Fill in the defaults that depend on the checkpoint. Raises UsageError for an impossible precision."""
     pretrained = checkpoint.config.box_convention in WRITTEN
     allowed = PRETRAINED_PRECISIONS if pretrained else PRECISIONS
     if options.precision is None:

@@ -1,4 +1,4 @@
-"""A bundle around a public MLLM: weights stream from its files into each format; several image sizes, one copy.
+"""A bundle around a public MLLM: weights stream from its files into each format, once for all image sizes.
 
 The segmenter's graphs are those of every bundle (`export.bundle`).
 """

@@ -1,8 +1,8 @@
 """Both stages with a pretrained Qwen2.5-VL or Qwen3-VL, as it is: instructions, and what it may answer.
 
 Stage 1 is asked for the same four fields as a trained model writes, so that its answer can be read and edited
-alike. Stage 2 is asked for boxes in the form these models learned, a JSON list of ``bbox_2d``, with numbers in
-the family's own convention (`ppcr.boxes`): what is fixed in it is forced, the digits alone are the model's.
+alike. Stage 2 is asked for boxes in the form these models learned, a JSON list of ``bbox_2d``, with numbers
+in the family's own convention (`ppcr.boxes`): what is fixed in it is forced, only the digits are the model's.
 """
 
 from __future__ import annotations
