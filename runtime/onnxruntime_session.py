@@ -36,14 +36,21 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     """
     weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
     plan = share_threads(threads, sum(path.stat().st_size for path in weights))
-    opened = {role: _open(bundle.graphs[role], getattr(plan, role)) for role in ROLES}
-    stepper = opened["decoder"] if plan.step == plan.decoder else _open(bundle.graphs["decoder"], plan.step)
+    opened = {role: open_graph(bundle.graphs[role], getattr(plan, role)) for role in ROLES}
+    stepper = (
+        opened["decoder"] if plan.step == plan.decoder else open_graph(bundle.graphs["decoder"], plan.step)
+    )
     segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
     towers = _Towers(opened["vision"], bundle, plan.vision)
     return Sessions(OnnxMLLM(towers, opened["decoder"], stepper, bundle), segmenter)
 
 
-def _open(path: Path, threads: int) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int) -> ort.InferenceSession:
+    """A graph on the CPU with ``threads`` threads, as every part of a bundle is opened.
+
+    Raises:
+        BundleError: it cannot be read. EngineError: this onnxruntime lacks an operator of it.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -74,7 +81,7 @@ class _Towers:
     def of(self, size: tuple[int, int]) -> ort.InferenceSession:
         with self._lock:
             if size not in self._opened:
-                self._opened[size] = _open(self._graphs[vision_role(size)], self._threads)
+                self._opened[size] = open_graph(self._graphs[vision_role(size)], self._threads)
             return self._opened[size]
 
 
