@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ppcr import images, masks
 from ppcr.config import PPCRConfig
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
+from ppcr.tensors import RowTable
 from ppcr.tokenizer import PromptTokenizer
 from runtime.pipeline import Pipeline
 from runtime.session import Prompts
@@ -170,7 +171,7 @@ def segmenter_prompts(
     semantic: SemanticPrompt | None,
     spatial: SpatialPrompt | None,
     tokenizer: PromptTokenizer,
-    table: Float32Array,
+    table: Float32Array | RowTable,
     max_text: int,
 ) -> Prompts:
     """Arrays of one expression's prompts, either left out where it is None.

@@ -44,14 +44,18 @@ class PretrainedBundleWriter(BundleWriter):
         form = FORMATS[precision]
         decoder = precisions.file_name(GRAPHS["decoder"], precision)
         tower = precisions.file_name(GRAPHS["vision"], form.vision)
-        first, *further = self.checkpoint.config.mllm.sizes
+        further = self.checkpoint.config.mllm.sizes[1:]
+        segmenter = {role: precisions.file_name(GRAPHS[role], form.segmenter) for role in _SEGMENTER}
+        # A large segmenter's weights lie beside its graph as well.
+        large = {role: name for role, name in segmenter.items() if _beside(self.root / name).is_file()}
         return {
             "vision": tower,
             **{vision_role(size): _of_size(tower, size) for size in further},
             f"vision{WEIGHTS}": tower + SUFFIX,
             "decoder": decoder,
             f"decoder{WEIGHTS}": decoder + SUFFIX,
-            **{role: precisions.file_name(GRAPHS[role], form.segmenter) for role in _SEGMENTER},
+            **segmenter,
+            **{f"{role}{WEIGHTS}": name + SUFFIX for role, name in large.items()},
         }
 
     def write_graphs(self, wanted: Sequence[str]) -> Shapes:
@@ -110,9 +114,14 @@ class PretrainedBundleWriter(BundleWriter):
                     precisions.quantise(role, plain, self.root / target)
             if "fp32" not in formats:
                 plain.unlink()
+                _beside(plain).unlink(missing_ok=True)
 
     def _write_embedding(self, path: Path) -> None:
         copy_tensor(self.checkpoint.mllm_tensors, self.checkpoint.embedding_name, path, EMBEDDING_KEY)
+
+
+def _beside(graph: Path) -> Path:
+    return graph.with_name(graph.name + SUFFIX)
 
 
 def _of_size(name: str, size: tuple[int, int]) -> str:

@@ -24,6 +24,16 @@ _NORMALISATION = {
 }
 
 
+def spoken_to(folder: Path) -> tuple[MLLMConfig, str]:
+    """How to speak to the public model in ``folder``, and how it writes boxes (`ppcr.boxes`).
+
+    Raises:
+        CheckpointError: another architecture, or a file that cannot be read.
+    """
+    config = mllm_config(folder)
+    return config, CONVENTIONS[config.family]
+
+
 def mllm_config(folder: Path) -> MLLMConfig:
     """How to speak to the model in ``folder``, from its config.json and, if there, preprocessor_config.json.
 

@@ -44,7 +44,7 @@ def make_checkpoint(family: str, root: Path) -> Path:
     vocabulary = -(-tokenizer.get_vocab_size(with_added_tokens=True) // 64) * 64
     model = Small(
         family, hidden=256, intermediate=256, heads=4, head_dim=64, vocabulary=vocabulary, window=56,
-        tokens={name: tokenizer.token_to_id(token) for name, token in tokens.items()},
+        tokens={name: tokenizer.token_to_id(token) or 0 for name, token in tokens.items()},
     ).build(seed=11)  # fmt: skip
     with torch.no_grad():
         # Untrained logits lie so close together that rounding could decide; these do not.

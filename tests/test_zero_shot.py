@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen3VLProcessor
@@ -43,7 +44,9 @@ def test_ids_equal_the_processor(tokenizer: ZeroShotTokenizer, expression: str) 
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer.tokenizer)
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
     images = Qwen2VLImageProcessorPil(patch_size=14 if family == "qwen2_5_vl" else 16)
-    theirs = PROCESSORS[family](image_processor=images, tokenizer=fast, video_processor=None)
+    # Never asked for anything; a real one needs torchvision.
+    videos = object.__new__(transformers.BaseVideoProcessor)
+    theirs = PROCESSORS[family](image_processor=images, tokenizer=fast, video_processor=videos)
     texts = tokenizer.conversation
     text = f"{texts.before_image}<|image_pad|>{texts.after_image}{expression.lower()}{texts.after_expression}"
     height, width = rng.integers(28, 400, 2)
