@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from export.vision_graph import VisionSizes
 from ppcr.errors import CheckpointError
 from ppcr.pretrained import RESOLUTIONS
 from ppcr.tensors import TensorFiles
-from tests.families import FAMILIES, Conversation, Small, Talk, save, two_turns, worst
+from tests.families import FAMILIES, PUBLISHED, Conversation, Small, Talk, save, two_turns, worst
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = (3, 5)
@@ -163,6 +164,25 @@ def test_pieces_join_to_the_whole(exported: Exported, monkeypatch: pytest.Monkey
     assert before.sizes
     data = [(exported.folder / f"{name}.onnx.data").read_bytes() for name in ("whole", "pieces")]
     assert data[0] == data[1]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.skipif(
+    not os.environ.get("PPCR_TRUE_WIDTH"), reason="set PPCR_TRUE_WIDTH=1; takes up to 8 GB and minutes"
+)
+def test_published_widths_at_two_layers(name: str, tmp_path: Path) -> None:
+    size = Small.published(name, vocabulary=4096)
+    model = size.build()
+    save(model, tmp_path, shard="1GB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    sizes = write_decoder(config, TensorFiles(tmp_path), tmp_path / "fp32.onnx", external=True)
+    talk, said = Talk.open(tmp_path / "fp32.onnx", sizes), Conversation.random(size, 21, GRID)
+    fresh = talk.again()
+    fresh.look_at(said.image_start, GRID)
+    off = worst(fresh.extend(*said.embedded(model)), said.logits(model)[-1])
+    print(f"{name}: largest difference of logits {off:.1e} of the largest")
+    assert off <= 1e-4
+    two_turns(talk, model, said, (8, 6))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
