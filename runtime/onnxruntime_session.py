@@ -114,7 +114,9 @@ class OnnxMLLM:
         """
         tower = self._towers.of(size or self._config.image_size)
         levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
-        found = tower.run(["image_features", *levels], {"pixel_values": patches.astype(_floats_of(tower))})
+        found = tower.run(
+            ["image_features", *levels], {"pixel_values": patches.astype(_floats_of(tower), copy=False)}
+        )
         features = np.asarray(np.stack(found) if levels else found[0], np.float32)
         return features
 
