@@ -75,9 +75,10 @@ def test_packed_conversations_equal_separate_stock_forwards(
     model: Qwen2_5_VLForConditionalGeneration, tokenizer: PromptTokenizer
 ) -> None:
     rng = np.random.default_rng(5)
-    expressions = sample_expressions(sample_scene("train", 77), 6, rng)
+    graph = sample_scene("train", 77)
+    expressions = sample_expressions(graph, 6, rng)
     packer = Packer(tokenizer, grid=SIZE.grid, objects=14, slots=((3, 40), (2, 72)))
-    packed = packer.pack(expressions)
+    packed = packer.pack(graph, expressions)
     assert packed.used.sum() >= 4 and (packed.label_reference >= 0).any()
     coordinates = rng.integers(0, LOCATION_BINS, 14 * LOCATIONS_PER_INSTANCE)
     located = coordinates[np.maximum(packed.reference, 0)] + tokenizer.first_location
@@ -111,19 +112,21 @@ def test_packed_conversations_equal_separate_stock_forwards(
 
 
 def test_long_expressions_find_long_slots(tokenizer: PromptTokenizer) -> None:
-    expressions = sample_expressions(sample_scene("train", 5), 12, np.random.default_rng(1))
+    graph = sample_scene("train", 5)
+    expressions = sample_expressions(graph, 12, np.random.default_rng(1))
     lengths = sorted(
         len(tokenizer.expression(e.text)) + len(tokenizer.encode(e.semantic.text)) for e in expressions
     )
     short = lengths[-3]  # two or more are longer than a short slot
-    packed = Packer(tokenizer, grid=8, objects=14, slots=((12, short), (2, 90))).pack(expressions)
+    packed = Packer(tokenizer, grid=8, objects=14, slots=((12, short), (2, 90))).pack(graph, expressions)
     assert packed.used.sum() >= 12
     assert packed.used[-2:].all()
 
 
 def test_labels_are_the_tokens_that_follow(tokenizer: PromptTokenizer) -> None:
     packer = Packer(tokenizer, grid=8, objects=14, slots=((3, 40), (3, 72)))
-    packed = packer.pack(sample_expressions(sample_scene("train", 3), 6, np.random.default_rng(0)))
+    graph = sample_scene("train", 3)
+    packed = packer.pack(graph, sample_expressions(graph, 6, np.random.default_rng(0)))
     words = np.nonzero(packed.labels != IGNORE)[0]
     assert len(words) > 10
     assert (packed.ids[words + 1] == packed.labels[words]).all()

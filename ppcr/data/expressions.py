@@ -57,7 +57,6 @@ class Expression:
         semantic: the canonical prompt; depends on the words, except for its count (``len(targets)``, 0..6).
         kind: a key of ``MIX[2]``.
         landmarks: anchors of the outermost relation, in the order of the words; may be empty.
-        candidates: all objects with the named properties, however they stand; the targets are among them.
         query: the structure that text and prompt are worded from.
     """
 
@@ -66,7 +65,6 @@ class Expression:
     semantic: SemanticPrompt
     kind: str
     landmarks: tuple[int, ...]
-    candidates: tuple[int, ...]
     query: Query
 
 
@@ -135,7 +133,5 @@ def _checked(query: Query, kind: str, relations: Relations, dice: Dice) -> Expre
         return None
     anchors = [relations.evaluate(landmark) for landmark in query.phrase.landmarks]
     landmarks = tuple(bits.bit_length() - 1 for bits in anchors if bits)
-    candidates = tuple(relations.members(relations.described(query.phrase) or 0))
     text = express(query, len(targets), dice)
-    semantic = semantic_prompt(query, len(targets))
-    return Expression(text, targets, semantic, kind, landmarks, candidates, query)
+    return Expression(text, targets, semantic_prompt(query, len(targets)), kind, landmarks, query)

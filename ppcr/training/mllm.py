@@ -63,8 +63,9 @@ class Recipe:
     level_3_at: float = 0.85
     # The tower sees what it will by then, and a fifth of the time of a step is its backward pass.
     freeze_vision_at: float = 0.6
-    # After how many layers of the language model landmarks, then targets, should be found.
-    taps: tuple[int, int] = (2, 5)
+    # After how many layers of the language model should be known: landmarks and candidates, what stands so to
+    # the landmarks, the targets.
+    taps: tuple[int, int, int] = (2, 4, 5)
     # One kernel for what lies between products; a third of the time of a step on a CPU.
     compile: bool = False
     seed: int = 0

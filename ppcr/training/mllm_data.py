@@ -107,7 +107,7 @@ class Conversations(IterableDataset[dict[str, Any]]):
     def make(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, step))
         graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch)]
-        packs = [self.packer.pack(self._expressions(graph, rng)) for graph in graphs]
+        packs = [self.packer.pack(graph, self._expressions(graph, rng)) for graph in graphs]
         arrays = stack(packs)
         out: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items()}
         out["scenes"] = draw(graphs, *self.render_here) if self.render_here else graphs

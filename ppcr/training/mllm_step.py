@@ -12,12 +12,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from ppcr.model.mllm import TinyMLLM, text_hidden, vision_features
 from ppcr.model.slot_attention import SLOTS, Layout
 from ppcr.prompts import LOCATION_BINS
-from ppcr.training.grounding_loss import ObjectHead, PlaceHead, PointingHead, location_targets
+from ppcr.training.grounding_loss import ObjectHead, PlaceHead, PointingHead, StandingHead, location_targets
 from ppcr.training.mllm_data import Scenes, draw
 from ppcr.training.packing import IGNORE
+from ppcr.training.supervision import QUESTIONS
 
 LOOK_SHARE = 0.3
-SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.3, "many": 0.3}
+SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.3, "many": 0.3, "stand": 0.5}
 """Weight of each loss term once the model talks; looking alone weighs 1, then LOOK_SHARE."""
 
 
@@ -29,7 +30,7 @@ class Trainer(nn.Module):
         model: Qwen2_5_VLForConditionalGeneration,
         size: TinyMLLM,
         first_location: int,
-        taps: tuple[int, int],
+        taps: tuple[int, int, int],
         layout: Layout,
         none: int,
     ) -> None:
@@ -39,6 +40,7 @@ class Trainer(nn.Module):
         model.model.language_model.config._attn_implementation = SLOTS
         self.objects = ObjectHead(size.hidden, size.grid)
         self.pointing = PointingHead(size.hidden, size.grid)
+        self.standing = StandingHead(size.hidden, size.grid)
         self.places = PlaceHead(size.hidden, size.grid)
 
     def look(self, scenes: Scenes, *, frozen: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,7 +66,7 @@ class Trainer(nn.Module):
         embeddings = language.embed_tokens(ids)
         is_image = ids == self.model.config.image_token_id
         embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
-        hidden, (early, late) = text_hidden(
+        hidden, tapped = text_hidden(
             language, embeddings, batch["positions"].transpose(0, 1), self.layout, taps=self.taps
         )
         table = language.embed_tokens.weight
@@ -82,8 +84,11 @@ class Trainer(nn.Module):
         rows = batch["pointing"] >= 0
         wanted = batch["wanted"][torch.nonzero(rows)[:, 0], batch["pointing"][rows]]
         centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / 2
-        found, image = (h[is_image].view(ids.shape[0], -1, h.shape[-1]) for h in (early, late))
-        terms |= self.pointing((late, early, early), (image, found, found), rows, centres, wanted)
+        seen, related, image = (h[is_image].view(ids.shape[0], -1, h.shape[-1]) for h in tapped)
+        early, middle, late = tapped
+        asked = wanted[:, : len(QUESTIONS)]
+        terms |= self.pointing((late, early, early), (image, seen, seen), rows, centres, asked)
+        terms |= self.standing(middle, related, rows, centres, wanted[:, -2], wanted[:, -1])
         coordinates = coordinates.view(*scenes.present.shape, -1)
         terms["spell"] = self.places(image, coordinates, scenes.present, locations, sigma)
         with torch.no_grad():

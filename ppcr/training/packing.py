@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from ppcr.data.expressions import Expression
+from ppcr.data.graph import SceneGraph
+from ppcr.data.relations import Relations
 from ppcr.model.slot_attention import Layout
 from ppcr.prompts import LOCATIONS_PER_INSTANCE
 from ppcr.tokenizer import PromptTokenizer
+from ppcr.training.supervision import object_sets
 
 IGNORE = -100
 NO_REFERENCE = -1
-QUESTIONS = 3
-"""What answer tokens are asked: the targets, the landmarks, the candidates."""
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Packed:
         label_reference [T]: location reference the position must predict, else -1.
         weight [T]: float32 weight of the position's loss.
         pointing [T]: slot of positions that should know where its targets are, else -1.
-        wanted [S, 3, N]: bool, targets, landmarks and candidates of each slot among N objects.
+        wanted [S, 5, N]: bool, ``ObjectSets`` of each slot among N objects.
         used [S]: bool, slots that hold a conversation.
     """
 
@@ -113,8 +114,9 @@ class Packer:
         """Most conversations about one image."""
         return len(self.layout.places)
 
-    def pack(self, expressions: Sequence[Expression]) -> Packed:
+    def pack(self, graph: SceneGraph, expressions: Sequence[Expression]) -> Packed:
         """Pack the expressions that find a slot: long ones first choose among the long slots."""
+        relations = Relations(graph)
         length, p, places = self.layout.length, len(self.prefix), self.layout.places
         packed = Packed(
             ids=np.zeros(length, np.int64),
@@ -124,7 +126,7 @@ class Packer:
             label_reference=np.full(length, NO_REFERENCE, np.int64),
             weight=np.ones(length, np.float32),
             pointing=np.full(length, -1, np.int64),
-            wanted=np.zeros((len(places), QUESTIONS, self.objects), bool),
+            wanted=np.zeros((len(places), 5, self.objects), bool),
             used=np.zeros(len(places), bool),
         )
         packed.ids[:p], packed.positions[:, :p] = self.prefix, self.prefix_positions
@@ -134,12 +136,15 @@ class Packer:
         order = sorted(range(len(tokens)), key=lambda i: tokens[i].first_stage <= short)
         for i in order:
             one = tokens[i]
-            if one.references and one.both_stages <= long and free_long:
-                self._place(packed, one, expressions[i], free_long.pop(0), both=True)
-            elif one.first_stage <= short and free_short:
-                self._place(packed, one, expressions[i], free_short.pop(0), both=False)
-            elif one.first_stage <= long and free_long:
-                self._place(packed, one, expressions[i], free_long.pop(0), both=False)
+            both = bool(one.references) and one.both_stages <= long and bool(free_long)
+            if both or one.first_stage > short:
+                free = free_long if one.first_stage <= long else []
+            else:
+                free = free_short
+            if free:
+                slot = free.pop(0)
+                self._place(packed, one, slot, both=both)
+                packed.wanted[slot] = object_sets(relations, expressions[i]).rows(self.objects)
         return packed
 
     def _tokens(self, expression: Expression) -> _Tokens:
@@ -151,9 +156,7 @@ class Packer:
             [target * LOCATIONS_PER_INSTANCE + c for target in expression.targets for c in coordinates],
         )
 
-    def _place(
-        self, packed: Packed, tokens: _Tokens, expression: Expression, slot: int, *, both: bool
-    ) -> None:
+    def _place(self, packed: Packed, tokens: _Tokens, slot: int, *, both: bool) -> None:
         at, room = self.layout.places[slot]
         packed.positions[:, at : at + room] = self.next_position + np.arange(room)
         first_answer = at + len(tokens.question)
@@ -167,8 +170,6 @@ class Packer:
             packed.ids[end_answer:spatial] = tokens.between
             packed.reference[spatial:end] = tokens.references[:-1]
             packed.label_reference[spatial - 1 : end] = tokens.references
-        for row, chosen in enumerate((expression.targets, expression.landmarks, expression.candidates)):
-            packed.wanted[slot, row, list(chosen)] = True
         packed.used[slot] = True
 
 
