@@ -32,7 +32,7 @@ from ppcr.manifest import (
     Shapes,
     files_below,
 )
-from ppcr.model.segmenter import Segmenter
+from ppcr.model.segmenters import AnySegmenter, load_segmenter
 
 TARGET = "cpu"
 GRAPHS = {
@@ -61,9 +61,9 @@ class BundleWriter:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @cached_property
-    def segmenter(self) -> Segmenter:
+    def segmenter(self) -> AnySegmenter:
         try:
-            return Segmenter.load(self.checkpoint.segmenter)
+            return load_segmenter(self.checkpoint.segmenter)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read {self.checkpoint.segmenter}: {error}") from None
 

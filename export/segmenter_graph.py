@@ -1,10 +1,10 @@
 """The segmenter as two graphs: the image encoder, and the mask decoder for any number of prompts.
 
-Image encoder: ``pixels`` f32[1, 3, S, S] -> ``image_features``, ``high_res_0``, ``high_res_1``.
-Mask decoder: those three, ``boxes`` f32[N, 4], ``points`` f32[N, 2], ``spatial_valid`` f32[N],
-``text_embeddings`` f32[N, T, E], ``text_mask`` bool[N, T] -> ``mask_logits`` f32[N, S/2, S/2] and
-``scores`` f32[N].
-N and T are dynamic; the image's features are shared by all prompts.
+Image encoder: ``pixels`` f32[B, 3, S, S] -> ``image_features`` and, in families that have them, ``high_res_0``
+and ``high_res_1``.
+Mask decoder: those of one image, ``boxes`` f32[N, 4], ``points`` f32[N, 2], ``spatial_valid`` f32[N],
+``text_embeddings`` f32[N, T, E], ``text_mask`` bool[N, T] -> ``mask_logits`` f32[N, M, M] and ``scores`` f32[N].
+B, N and T are dynamic; the image's features are shared by all prompts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from ppcr.model.image_encoder import ImageFeatures
-from ppcr.model.segmenter import Segmenter
+from ppcr.model.segmenters import AnyFeatures, AnySegmenter
 
 OPSET = 20
 FEATURES = ("image_features", "high_res_0", "high_res_1")
+"""What a family with finer features keeps of an image; the others keep the first alone."""
 PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
 OUTPUTS = ("mask_logits", "scores")
 
@@ -33,44 +33,37 @@ OUTPUTS = ("mask_logits", "scores")
 class _Encode(nn.Module):
     """The image encoder with a plain tuple for an answer."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: AnySegmenter) -> None:
         super().__init__()
         self.segmenter = segmenter
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.segmenter.encode(pixels)
-        return features.image_features, features.high_res_0, features.high_res_1
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.segmenter.encode(pixels))
 
 
 class _Decode(nn.Module):
-    """The decoder with its features as separate arguments."""
+    """The decoder with each of its features, then each of its prompts, as an argument."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: AnySegmenter, kind: type[AnyFeatures]) -> None:
         super().__init__()
-        self.segmenter = segmenter
+        self.segmenter, self.kind = segmenter, kind
 
-    def forward(
-        self,
-        image_features: Tensor,
-        high_res_0: Tensor,
-        high_res_1: Tensor,
-        boxes: Tensor,
-        points: Tensor,
-        spatial_valid: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        features = ImageFeatures(image_features, high_res_0, high_res_1)
-        return self.segmenter.decode(features, boxes, points, spatial_valid, text_embeddings, text_mask)
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(self.kind._fields)
+        features = self.kind(*arguments[:count])
+        return self.segmenter.decode(features, *arguments[count:])  # type: ignore[arg-type]
 
 
-def write_image_encoder(segmenter: Segmenter, path: Path) -> None:
+def write_image_encoder(segmenter: AnySegmenter, path: Path) -> None:
     """Export the image encoder of a segmenter in evaluation mode."""
     side = segmenter.config.image_size
-    _export(_Encode(segmenter), (torch.zeros(1, 3, side, side),), path, ("pixels",), FEATURES)
+    b = torch.export.Dim("B", min=1, max=64)
+    # Two images: tracing would take a batch of one for a constant.
+    pixels = torch.zeros(2, 3, side, side)
+    _export(_Encode(segmenter), (pixels,), path, ("pixels",), segmenter.features._fields, ({0: b},))
 
 
-def write_mask_decoder(segmenter: Segmenter, path: Path) -> None:
+def write_mask_decoder(segmenter: AnySegmenter, path: Path) -> None:
     """Export the prompt encoder and mask decoder of a segmenter in evaluation mode."""
     config = segmenter.config
     side = config.image_size
@@ -83,8 +76,10 @@ def write_mask_decoder(segmenter: Segmenter, path: Path) -> None:
     )  # fmt: skip
     n = torch.export.Dim("N", min=1, max=1024)
     t = torch.export.Dim("T", min=1, max=config.max_text)
-    shapes = (None, None, None, {0: n}, {0: n}, {0: n}, {0: n, 1: t}, {0: n, 1: t})
-    _export(_Decode(segmenter), (*features, *prompts), path, (*FEATURES, *PROMPTS), OUTPUTS, shapes)
+    shapes = (*[None] * len(features), {0: n}, {0: n}, {0: n}, {0: n, 1: t}, {0: n, 1: t})
+    names = (*features._fields, *PROMPTS)
+    # The shapes of `*arguments` are one tuple.
+    _export(_Decode(segmenter, type(features)), (*features, *prompts), path, names, OUTPUTS, (shapes,))
 
 
 def _export(
