@@ -1,9 +1,10 @@
 """The segmenter as two graphs: the image encoder, and the mask decoder for any number of prompts.
 
-Image encoder: ``pixels`` f32[B, 3, S, S] -> ``image_features`` and, in families that have them, ``high_res_0``
-and ``high_res_1``.
+Image encoder: ``pixels`` f32[B, 3, S, S] -> ``image_features`` and, in families that have them,
+``high_res_0`` and ``high_res_1``.
 Mask decoder: those of one image, ``boxes`` f32[N, 4], ``points`` f32[N, 2], ``spatial_valid`` f32[N],
-``text_embeddings`` f32[N, T, E], ``text_mask`` bool[N, T] -> ``mask_logits`` f32[N, M, M] and ``scores`` f32[N].
+``text_embeddings`` f32[N, T, E], ``text_mask`` bool[N, T] -> ``mask_logits`` f32[N, M, M] and
+``scores`` f32[N].
 B, N and T are dynamic; the image's features are shared by all prompts.
 """
 

@@ -29,6 +29,9 @@ class Command:
 _REFERENCE = ("torch", "transformers")
 
 COMMANDS: dict[str, Command] = {
+    "compose": Command(
+        "ppcr.compose", "public weights of an MLLM and a segmenter to a checkpoint", _REFERENCE
+    ),
     "build": Command(
         "export.build_engines", "checkpoint to bundle, held to the parity gate", (*_REFERENCE, "onnx")
     ),

@@ -37,6 +37,12 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], stepper, bundle), segmenter)
 
 
+def open_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
+    """The segmenter alone. Raises BundleError and EngineError as `load` does."""
+    encoder, decoder = (_open(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
+    return OnnxSegmenter(encoder, decoder)
+
+
 def _open(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -39,7 +39,8 @@ SAM2 = {
         "backbone_feature_sizes": [[SIDE // 4] * 2, [SIDE // 8] * 2, [SIDE // 16] * 2],
         "backbone_config": {
             "model_type": "sam2_hiera_det_model", "hidden_size": 8, "num_attention_heads": 1,
-            "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 2, 2, 1], "embed_dim_per_stage": [8, 16, 32, 64],
+            "image_size": [SIDE, SIDE], "blocks_per_stage": [1, 2, 2, 1],
+            "embed_dim_per_stage": [8, 16, 32, 64],
             "num_attention_heads_per_stage": [1, 2, 4, 8], "window_size_per_stage": [8, 4, 4, 2],
             "global_attention_blocks": [4], "window_positional_embedding_background_size": [7, 7],
         },
@@ -110,7 +111,8 @@ def mobile_sam_config(**changes: Any) -> SamConfig:
     """A small MobileSAM with the decoder of `SAM`."""
     sizes: dict[str, Any] = {
         "encoder": asdict(TINY_VIT), "image_size": SIDE, "dim": _DIM, "heads": 4, "head_dim": 4, "mlp": _MLP,
-        "score_hidden": 40, "norm_eps": 1e-6, "text_dim": TEXT, "text_layers": 1, "text_tokens": 4, "max_text": 16,
+        "score_hidden": 40, "norm_eps": 1e-6, "text_dim": TEXT, "text_layers": 1, "text_tokens": 4,
+        "max_text": 16,
     }  # fmt: skip
     return SamConfig(**{**sizes, **changes})
 

@@ -1,4 +1,4 @@
-"""Segmenters of the SAM family: equal to public code, unchanged by an untrained text path, strict on loading."""
+"""The SAM family: equal to public code, unchanged by an untrained text path, strict on loading."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sam_factory as factory
 import torch
-from sam_factory import SIDE, TEXT
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +22,8 @@ from ppcr.model.sam_import import TextPath, assemble, load_mobile_sam, load_tran
 from ppcr.model.sam_weights import from_official
 from ppcr.model.segmenters import load_segmenter
 from ppcr.model.tiny_vit import TinyViTSizes
+from tests import sam_factory as factory
+from tests.sam_factory import SIDE, TEXT
 
 PATH = TextPath(text_dim=TEXT, max_text=16)
 FAMILIES = {"sam": factory.SAM, "sam2": factory.SAM2}

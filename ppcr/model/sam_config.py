@@ -16,7 +16,7 @@ class SamConfig:
     """A SAM, SAM 2 or MobileSAM with a path for text.
 
     architecture: which image encoder and which variant of the decoder, one of `ARCHITECTURES`.
-    encoder: sizes of the image encoder, `TinyViTSizes`' fields or those of transformers' vision configuration.
+    encoder: sizes of the image encoder: `TinyViTSizes`, or fields of transformers' vision configuration.
     image_size: side of the square input in pixels; patch: pixels a cell of image_features is wide.
     pixel_mean, pixel_std: normalisation of RGB in 0..1 that `encode` expects.
     dim, layers, heads, head_dim, mlp: of the mask decoder, whose cross attention is heads * head_dim wide.
@@ -67,7 +67,8 @@ class SamConfig:
     @property
     def tiny_vit(self) -> TinyViTSizes:
         """`encoder` of a "mobile_sam"."""
-        return TinyViTSizes(**{k: tuple(v) if isinstance(v, list) else v for k, v in self.encoder.items()})
+        sizes: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.encoder.items()}
+        return TinyViTSizes(**sizes)
 
     @classmethod
     def from_json(cls, text: str) -> SamConfig:

@@ -22,7 +22,7 @@ from ppcr.model.sam_prompts import SamPrompts, SemanticReader
 
 
 class SamTwoWayLayer(TwoWayLayer):
-    """A two-way layer with SAM's norms; in the first, tokens attend to each other without position or skip."""
+    """A two-way layer with SAM's norms; in the first, tokens attend to tokens without position or skip."""
 
     def __init__(self, config: SamConfig, *, first: bool) -> None:
         super().__init__(config.dim, config.heads, config.head_dim, config.mlp)
@@ -50,8 +50,8 @@ class Perceptron(nn.Sequential):
 class SamMaskDecoder(nn.Module):
     """Features of B images, prompts [B, K] -> mask logits f[B, K, S/4, S/4] and scores f32[B, K] in 0..1.
 
-    Upscaling keeps the 4x4 pixels of a cell in the channel dimension until the mask is one channel deep, as in
-    `ppcr.model.mask_decoder`: transposed convolutions of stride 2 are linear layers then, and nothing but
+    Upscaling keeps the 4x4 pixels of a cell in the channel dimension until the mask is one channel deep, as
+    in `ppcr.model.mask_decoder`: transposed convolutions of stride 2 are linear layers then, and nothing but
     masks is permuted per prompt. Keys and values of the first layer are shared by all prompts of an image.
     """
 

@@ -13,7 +13,7 @@ from ppcr.model.tiny_vit import TinyViT
 
 
 class PlainFeatures(NamedTuple):
-    """What decoding needs of an image where there are no finer features: image_features f[B, C, S/16, S/16]."""
+    """What decoding needs of an image without finer features: image_features f[B, C, S/16, S/16]."""
 
     image_features: Tensor
 

@@ -1,4 +1,4 @@
-"""Public weights to a `SamSegmenter`: MobileSAM's .pt file, and directories of transformers' SAM and SAM 2."""
+"""Public weights to a `SamSegmenter`: MobileSAM's .pt file, directories of transformers' SAM and SAM 2."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ FAMILIES = {"sam": "sam", "sam2": "sam2", "sam2_video": "sam2"}
 # What composing adds to the public weights, and training changes.
 _OURS = ("prompt_encoder.text.", "mask_decoder.semantic.")
 _SAM_VISION = (
-    "hidden_size", "output_channels", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size",
-    "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias", "use_abs_pos", "use_rel_pos", "window_size",
-    "global_attn_indexes", "num_pos_feats", "mlp_dim",
+    "hidden_size", "output_channels", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps", "qkv_bias", "use_abs_pos", "use_rel_pos",
+    "window_size", "global_attn_indexes", "num_pos_feats", "mlp_dim",
 )  # fmt: skip
 _SAM2_VISION = (
     "backbone_channel_list", "backbone_feature_sizes", "fpn_hidden_size", "fpn_kernel_size", "fpn_stride",
@@ -44,7 +44,7 @@ _HIERA = (
 
 @dataclass(frozen=True)
 class TextPath:
-    """What composing adds: sizes of the path for text (see `SamConfig`), whether points count, and the seed."""
+    """What composing adds: sizes of the path for text and points (see `SamConfig`), and the seed."""
 
     text_dim: int
     max_text: int = 64
@@ -97,8 +97,8 @@ def _config(folder: Path) -> dict[str, Any]:
     if found not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(
-            f"{folder} holds a {found!r}, which is no segmenter known here: give mobile_sam.pt or a directory "
-            f"whose config.json says one of {known}"
+            f"{folder} holds a {found!r}, which is no segmenter known here: give mobile_sam.pt or a "
+            f"directory whose config.json says one of {known}"
         )
     return dict(values)
 
@@ -129,7 +129,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def assemble(config: SamConfig, state: dict[str, Tensor], seed: int, source: Path) -> SamSegmenter:
-    """A segmenter of ``config`` with the weights of ``source``; text is read by weights drawn from ``seed``."""
+    """A segmenter of ``config`` with the weights of ``source``; what reads text is drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = SamSegmenter(config)

@@ -72,7 +72,7 @@ class SamPromptEncoder(nn.Module):
     def forward(self, prompts: Prompts) -> SamPrompts:
         boxes = prompts.boxes
         places = [boxes[..., :2], boxes[..., 2:]]
-        kinds = [self.corners]
+        kinds: list[Tensor] = [self.corners]
         if self.points:
             places.insert(0, prompts.points)
             kinds.insert(0, self.point[None])
