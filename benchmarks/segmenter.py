@@ -170,7 +170,7 @@ def box_prompts(count: int, width: int, framing: Framing) -> Prompts:
     rng = np.random.default_rng(count)
     low = rng.uniform(0, 0.6, (count, 2))
     boxes = np.concatenate([low, low + rng.uniform(0.1, 0.4, (count, 2))], axis=1).astype(np.float32)
-    points = (boxes[:, :2] + boxes[:, 2:]) / 2
+    points = ((boxes[:, :2] + boxes[:, 2:]) / 2).astype(np.float32)
     text = np.zeros((count, 1, width), np.float32)
     valid = np.ones(count, np.float32)
     return placed(Prompts(boxes, points, valid, text, np.zeros((count, 1), np.bool_)), framing)

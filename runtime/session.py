@@ -92,10 +92,6 @@ class SegmenterSession(Protocol):
         """Pixels f32 [3, H, W], normalised, to the features of one image."""
         ...
 
-    def encode_batch(self, pixels: Float32Array) -> list[Features]:
-        """Pixels f32 [B, 3, H, W], normalised, to the features of each image."""
-        ...
-
     def decode(self, features: Features, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
         """Mask logits f32 [N, h, w] (above 0: foreground) and scores f32 [N] in 0..1."""
         ...
