@@ -15,7 +15,7 @@ from pathlib import Path
 
 from export import precision as precisions
 from export.decoder_graph import OPSET, DecoderSizes, write_decoder
-from export.segmenter_graph import write_image_encoder, write_mask_decoder
+from export.segmenter_graph import EXTERNAL, write_image_encoder, write_mask_decoder
 from export.vision_graph import VisionSizes, write_vision
 from ppcr.checkpoint import Checkpoint
 from ppcr.errors import CheckpointError
@@ -79,6 +79,7 @@ class BundleWriter:
         if "fp32" not in wanted:
             for name in GRAPHS.values():
                 (self.root / name).unlink()
+                (self.root / f"{name}{EXTERNAL}").unlink(missing_ok=True)
         return shapes
 
     def write_common(self) -> None:

@@ -10,6 +10,7 @@ B, N and T are dynamic; the image's features are shared by all prompts.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -29,6 +31,9 @@ FEATURES = ("image_features", "high_res_0", "high_res_1")
 """What a family with finer features keeps of an image; the others keep the first alone."""
 PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
 OUTPUTS = ("mask_logits", "scores")
+LARGEST = 1_900_000_000
+"""Bytes of weights from which on they lie in a file of their own: SAM's largest encoder."""
+EXTERNAL = ".data"
 
 
 class _Encode(nn.Module):
@@ -107,8 +112,18 @@ def _export(
     model = program.model_proto
     _forget_sources(model)
     _name_weights(model, module)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    _save(model, path, sum(value.nbytes for value in module.state_dict().values()))
+
+
+def _save(model: onnx.ModelProto, path: Path, size: int) -> None:
+    """Write ``model``, and weights of more than a protobuf can hold into a file beside it."""
+    if size < LARGEST:
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+        return
+    beside = f"{path.name}{EXTERNAL}"
+    onnx.save(model, path, save_as_external_data=True, location=beside, all_tensors_to_one_file=True)
+    onnx.checker.check_model(str(path))
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
@@ -131,17 +146,21 @@ def _name_weights(model: onnx.ModelProto, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         value = parameter.detach().cpu().numpy()
         if value.ndim == 2:
-            names[value.T.shape, value.T.tobytes()] = name.removeprefix("segmenter.")
+            names[value.T.shape, _digest(value.T)] = name.removeprefix("segmenter.")
     new = {}
     for constant in model.graph.initializer:
         value = numpy_helper.to_array(constant)
-        known = names.get((value.shape, value.tobytes())) if value.ndim == 2 else None
+        known = names.get((value.shape, _digest(value))) if value.ndim == 2 else None
         if known:
             new[constant.name] = known
             constant.name = known
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = new.get(name, name)
+
+
+def _digest(value: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(value)).digest()
 
 
 @contextmanager

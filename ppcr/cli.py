@@ -40,6 +40,9 @@ COMMANDS: dict[str, Command] = {
     "bench accuracy": Command(
         "benchmarks.accuracy", "accuracy of a bundle on a split of the scenes", ("torch",)
     ),
+    "bench segmenter": Command(
+        "benchmarks.segmenter", "time of the segmenter by itself, beside plain torch", _REFERENCE
+    ),
     "bench kernel": Command("benchmarks.kernel", "the fused attention by itself", ("torch", "triton"), "gpu"),
 }
 

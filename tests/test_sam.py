@@ -308,6 +308,24 @@ def test_video_models_hold_the_image_model(public: dict[str, Any], tmp_path: Pat
     assert load_transformers(folder, PATH).config.architecture == "sam2"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_configurations_of_other_versions_are_read(
+    folders: dict[str, Path], segmenters: dict[str, SamSegmenter], tmp_path: Path, family: str
+) -> None:
+    # transformers 4 writes what every configuration once held, and leaves out what it holds by default.
+    values = json.loads((folders[family] / "config.json").read_text())
+    old = {"torch_dtype": "float32", "transformers_version": "4.29.0.dev0", "architectures": ["SamModel"]}
+    values.update(old)
+    values.pop("dtype", None)
+    for part in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+        values[part] |= {"chunk_size_feed_forward": 0, "is_decoder": False, "num_beams": 1, **old}
+        values[part].pop("initializer_range", None)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    (tmp_path / "model.safetensors").symlink_to(folders[family] / "model.safetensors")
+    found = load_transformers(tmp_path, PATH)
+    assert found.config == segmenters[family].config
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [

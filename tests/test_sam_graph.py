@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from export import segmenter_graph
 from export.precision import quantise
 from export.segmenter_graph import OUTPUTS, PROMPTS, write_image_encoder, write_mask_decoder
 from ppcr.model.sam import SamSegmenter
@@ -135,6 +136,23 @@ def test_features_of_an_image_are_not_repeated_for_its_prompts(exported: Exporte
     sizes = {v.name: v.type.tensor_type.shape.dim for v in model.graph.value_info}
     for node in expanded:
         assert all(d.dim_value != cells for d in sizes.get(node.output[0], ())), node.name
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exported.segmenter.config.architecture != "sam":
+        pytest.skip("only SAM's largest encoder is so large")
+    monkeypatch.setattr(segmenter_graph, "LARGEST", 10_000)
+    path = tmp_path / "image_encoder.onnx"
+    write_image_encoder(exported.segmenter, path)
+    assert path.stat().st_size < (tmp_path / "image_encoder.onnx.data").stat().st_size
+    feeds = {"pixels": pixels(1).numpy()}
+    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+    np.testing.assert_array_equal(found, exported.session("image_encoder").run(None, feeds)[0])
+    quantise("image_encoder", path, tmp_path / "int8.onnx")
+    whole = ort.InferenceSession(tmp_path / "int8.onnx", providers=["CPUExecutionProvider"])
+    assert whole.run(None, feeds)[0].shape == found.shape
 
 
 @pytest.mark.parametrize("role", ["image_encoder", "mask_decoder"])
