@@ -21,7 +21,6 @@ SegmenterFeatures = dict[str, "ort.OrtValue"]
 # Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
 Snapshot = dict[tuple[str, int], npt.NDArray[np.float32]]
 _CACHE_STEP = 64
-ENCODED = ("image_features", "high_res_0", "high_res_1")
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
@@ -36,6 +35,12 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     stepper = opened["decoder"] if plan.step == plan.decoder else _open(bundle.graphs["decoder"], plan.step)
     segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
     return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], stepper, bundle), segmenter)
+
+
+def open_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
+    """The segmenter alone. Raises BundleError and EngineError as `load` does."""
+    encoder, decoder = (_open(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
+    return OnnxSegmenter(encoder, decoder)
 
 
 def _open(path: Path, threads: int) -> ort.InferenceSession:
@@ -241,12 +246,28 @@ class OnnxSegmenter:
 
     def __init__(self, image_encoder: ort.InferenceSession, mask_decoder: ort.InferenceSession) -> None:
         self._encoder, self._decoder = image_encoder, mask_decoder
+        # Families differ in what they keep of an image: SAM 2 and ppcr-tiny add finer features.
+        self._encoded = [output.name for output in image_encoder.get_outputs()]
+        wanted = {value.name for value in mask_decoder.get_inputs()}
+        if not set(self._encoded) <= wanted:
+            raise BundleError(f"the mask decoder does not take what the image encoder gives: {REBUILD}")
 
     def encode(self, pixels: Float32Array) -> SegmenterFeatures:
         """Pixels f32 [3, H, W] to the features of one image, by output name."""
-        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels[None], np.float32))
-        outputs = self._encoder.run_with_ort_values(list(ENCODED), {"pixels": value})
-        return dict(zip(ENCODED, outputs, strict=True))
+        return self._encode(pixels[None])
+
+    def encode_batch(self, pixels: Float32Array) -> list[SegmenterFeatures]:
+        """Pixels f32 [B, 3, H, W] to the features of each image, computed as one batch."""
+        together = {name: value.numpy() for name, value in self._encode(pixels).items()}
+        return [
+            {name: ort.OrtValue.ortvalue_from_numpy(value[i : i + 1]) for name, value in together.items()}
+            for i in range(len(pixels))
+        ]
+
+    def _encode(self, pixels: Float32Array) -> SegmenterFeatures:
+        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels, np.float32))
+        outputs = self._encoder.run_with_ort_values(self._encoded, {"pixels": value})
+        return dict(zip(self._encoded, outputs, strict=True))
 
     def decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
         """Mask logits f32 [N, h, w] and scores f32 [N]."""

@@ -28,6 +28,8 @@ WORDS_LIBRARIES = frozenset({"numpy", "PIL", "safetensors", "tokenizers"})
 ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "words": (frozenset(), WORDS_LIBRARIES),
     "ppcr.model": (frozenset({"words", "kernels"}), None),
+    # A command beside the words: nothing imports it.
+    "ppcr.compose": (frozenset({"words", "ppcr.model"}), None),
     "ppcr.data": (frozenset({"words", "ppcr.model"}), None),
     "ppcr.training": (frozenset({"words", "ppcr.model", "ppcr.data", "ppcr.evaluation"}), None),
     "ppcr.evaluation": (frozenset({"words", "ppcr.model", "ppcr.data"}), None),
@@ -53,6 +55,7 @@ LIGHT: dict[str, frozenset[str]] = {
     "runtime": TRAINED_WITH | ENGINES,
     "runtime.pipeline": TRAINED_WITH | ENGINES,
     "runtime.infer": TRAINED_WITH | ENGINES,
+    "ppcr.compose": TRAINED_WITH | ENGINES,
     "kernels": frozenset({"triton", "transformers"}),
     "export.build_engines": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},
     "benchmarks.latency": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},

@@ -55,13 +55,18 @@ class TwoWayLayer(nn.Module):
     def forward(
         self, tokens: Tensor, image: Tensor, token_position: Tensor, cell_position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        placed = tokens + token_position
-        tokens = self.norms[0](tokens + self.self_attention(placed, placed, tokens))
+        tokens = self.among_tokens(tokens, token_position)
         placed_image = image + cell_position
         tokens = self.norms[1](tokens + self.prompt_to_image(tokens + token_position, placed_image, image))
         tokens = self.norms[2](tokens + self.mlp(tokens))
         image = self.norms[3](image + self.image_to_prompt(placed_image, tokens + token_position, tokens))
         return tokens, image
+
+    def among_tokens(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """The layer's first step: f[B, K, M, C] twice -> f[B, K, M, C]."""
+        placed = tokens + position
+        normed: Tensor = self.norms[0](tokens + self.self_attention(placed, placed, tokens))
+        return normed
 
 
 class MaskDecoder(nn.Module):
@@ -120,23 +125,21 @@ class MaskDecoder(nn.Module):
         """Cells f[B, K, N, C] and mask weights f[B, K, C1 + 1] -> logits f[B, K, 4*grid, 4*grid]."""
         c0, c1 = self.high_res
         # Cells of the grid, then the 2x2 quarters of a cell, then the 2x2 pixels of a quarter.
-        high_0 = _quarters(self.skip_0(_rows(features.high_res_0)), self.grid)  # [B, 1, N, 4, C0]
-        high_1 = _sixteenths(self.skip_1(_rows(features.high_res_1)), self.grid)  # [B, 1, N, 4, 4, C1]
+        high_0 = quarters(self.skip_0(rows(features.high_res_0)), self.grid)  # [B, 1, N, 4, C0]
+        high_1 = sixteenths(self.skip_1(rows(features.high_res_1)), self.grid)  # [B, 1, N, 4, 4, C1]
         x = (self.up_0(image).unflatten(-1, (4, c0)) + high_0).relu()
         x = (self.up_1(x).unflatten(-1, (4, c1)) + high_1).relu()  # [B, K, N, 4, 4, C1]
         x = x.flatten(2, 4)
         logits = x @ weights[..., :c1, None] + weights[..., None, c1:]  # [B, K, N*16, 1]
-        g = self.grid
-        logits = logits.reshape(*logits.shape[:2], g, g, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
-        return logits.flatten(5, 7).flatten(2, 4)
+        return spread(logits, self.grid)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """f[B, C, h, w] -> f[B, h*w, C]"""
     return x.flatten(2).transpose(1, 2)
 
 
-def _quarters(x: Tensor, grid: int) -> Tensor:
+def quarters(x: Tensor, grid: int) -> Tensor:
     """Pixels f[B, (2*grid)**2, C] -> f[B, 1, grid*grid, 4, C], the 2x2 pixels of each cell.
 
     Channels stay innermost in the permutation, which thus moves blocks instead of single numbers.
@@ -145,7 +148,13 @@ def _quarters(x: Tensor, grid: int) -> Tensor:
     return x.flatten(3, 4).flatten(1, 2).unsqueeze(1)
 
 
-def _sixteenths(x: Tensor, grid: int) -> Tensor:
+def sixteenths(x: Tensor, grid: int) -> Tensor:
     """Pixels f[B, (4*grid)**2, C] -> f[B, 1, grid*grid, 4, 4, C], the 2x2 pixels of a cell's 2x2 quarters."""
     x = x.unflatten(1, (grid, 2, 2, grid, 2, 2)).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return x.flatten(5, 6).flatten(3, 4).flatten(1, 2).unsqueeze(1)
+
+
+def spread(logits: Tensor, grid: int) -> Tensor:
+    """f[B, K, grid * grid * 16, 1] in the order of `sixteenths` -> f[B, K, 4 * grid, 4 * grid]."""
+    x = logits.reshape(*logits.shape[:2], grid, grid, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
+    return x.flatten(5, 7).flatten(2, 4)

@@ -76,6 +76,9 @@ class SegmenterConfig:
 class Segmenter(nn.Module):
     """Image encoder, prompt encoder and mask decoder as one module."""
 
+    features = ImageFeatures
+    """What `encode` answers with."""
+
     def __init__(self, config: SegmenterConfig | None = None) -> None:
         super().__init__()
         self.config = c = config or SegmenterConfig()
