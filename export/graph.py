@@ -1,8 +1,11 @@
-"""A small writer of ONNX graphs: nodes and weights in, one checked model out."""
+"""A small writer of ONNX graphs: nodes and weights in, one checked model out.
+
+Weights lie in the model itself, or in an `ExternalData` file beside it, into which they go as they come.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export.external import ExternalData
+from export.matrices import BLOCK, Blocked, Source, as_source, can_block, float_pieces
+
 Shape = Sequence[int | str]
+Weight = np.ndarray | Source
 FLOAT, BOOL, INT64 = TensorProto.FLOAT, TensorProto.BOOL, TensorProto.INT64
 _IR_VERSION = 10
+_INLINE = 1024  # bytes; smaller weights stay in the model even where larger ones lie beside it
+_WHOLE = {8: TensorProto.INT8, 4: TensorProto.INT4}
 
 
 class GraphWriter:
@@ -20,11 +29,20 @@ class GraphWriter:
 
     Args:
         opset: version of the standard operator set; nothing else is used.
-        dtype: floating type of weights and activations, float32 or float16.
+        dtype: floating type of weights and activations: float32, float16 or ml_dtypes.bfloat16.
+        data: where large weights go; None: into the model.
+        bits: 8 or 4 to hold the matrices of products as whole numbers in blocks; None: as they are.
     """
 
-    def __init__(self, *, opset: int, dtype: type[np.floating[Any]] = np.float32) -> None:
-        self.opset, self.dtype = opset, dtype
+    def __init__(
+        self,
+        *,
+        opset: int,
+        dtype: Any = np.float32,
+        data: ExternalData | None = None,
+        bits: int | None = None,
+    ) -> None:
+        self.opset, self.dtype, self.data, self.bits = opset, dtype, data, bits
         self.float_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         self._nodes: list[onnx.NodeProto] = []
         self._constants: dict[str, onnx.TensorProto] = {}
@@ -44,9 +62,31 @@ class GraphWriter:
     def weight(self, name: str, value: np.ndarray) -> str:
         """A floating constant in the graph's type, written once however often it is named."""
         if name not in self._constants:
-            array = np.ascontiguousarray(value, self.dtype)
-            self._constants[name] = numpy_helper.from_array(array, name)
+            array = np.ascontiguousarray(np.asarray(value).astype(self.dtype))
+            if self.data is None or array.nbytes < _INLINE:
+                self._constants[name] = numpy_helper.from_array(array, name)
+            else:
+                self._constants[name] = self.data.add(name, self.float_type, array.shape, [array])
         return name
+
+    def matrix(self, name: str, weight: Weight, *, bits: int | None = None) -> str:
+        """torch's weight [out, in] as what a product takes, [in, out]; written once.
+
+        ``bits``: another number format than the graph's. A matrix that is not made of whole blocks stays
+        floating.
+        """
+        source, bits = as_source(weight), bits or self.bits
+        out, inputs = source.shape
+        if name in self._constants or f"{name}.scale" in self._constants:
+            return name
+        if bits is None or not can_block(source):
+            self._add(name, self.float_type, (inputs, out), float_pieces(source, self.dtype))
+            return name
+        blocked = Blocked(source, bits, self.dtype)
+        whole, scale = f"{name}.int{bits}", f"{name}.scale"
+        self._add(whole, _WHOLE[bits], (inputs, out), blocked.pieces())
+        self._add(scale, self.float_type, blocked.scales.shape, [blocked.scales])
+        return self.node("DequantizeLinear", [whole, scale], name, axis=0, block_size=BLOCK)
 
     def constant(self, name: str, value: Any, dtype: Any = np.int64) -> str:
         """A constant of exactly ``dtype``: shapes, indices, masks."""
@@ -66,9 +106,10 @@ class GraphWriter:
         self._nodes.append(helper.make_node(kind, list(inputs), names, name=label, **attributes))
         return names
 
-    def linear(self, x: str, name: str, weight: np.ndarray, bias: np.ndarray | None = None) -> str:
-        """``x @ weight.T + bias`` with torch's weight [out, in]."""
-        y = self.node("MatMul", [x, self.weight(f"{name}.weight", weight.T)])
+    def linear(self, x: str, name: str, weight: Weight, bias: np.ndarray | None = None, *,
+               bits: int | None = None) -> str:  # fmt: skip
+        """``x @ weight.T + bias`` with torch's weight [out, in]; ``bits`` as in `matrix`."""
+        y = self.node("MatMul", [x, self.matrix(f"{name}.weight", weight, bits=bits)])
         return y if bias is None else self.node("Add", [y, self.weight(f"{name}.bias", bias)])
 
     def rms_norm(self, x: str, name: str, scale: np.ndarray, epsilon: float) -> str:
@@ -76,12 +117,22 @@ class GraphWriter:
             "RMSNormalization", [x, self.weight(name, scale)], axis=-1, epsilon=epsilon, stash_type=1
         )
 
-    def gated_mlp(self, x: str, name: str, gate_up: tuple[np.ndarray, np.ndarray], down: np.ndarray, *,
-                  gate_up_bias: tuple[np.ndarray, np.ndarray] | None = None,
-                  down_bias: np.ndarray | None = None) -> str:  # fmt: skip
-        """``down(silu(gate(x)) * up(x))``, gate and up as one product."""
-        bias = None if gate_up_bias is None else np.concatenate(gate_up_bias)
-        both = self.linear(x, f"{name}.gate_up", np.concatenate(gate_up), bias)
+    def layer_norm(self, x: str, name: str, scale: np.ndarray, bias: np.ndarray, epsilon: float) -> str:
+        inputs = [x, self.weight(name, scale), self.weight(f"{name}.bias", bias)]
+        return self.node("LayerNormalization", inputs, axis=-1, epsilon=epsilon, stash_type=1)
+
+    def gated_mlp(
+        self,
+        x: str,
+        name: str,
+        gate_up: Weight,
+        down: Weight,
+        *,
+        gate_up_bias: np.ndarray | None = None,
+        down_bias: np.ndarray | None = None,
+    ) -> str:
+        """``down(silu(gate(x)) * up(x))``, the matrices of gate and up one under the other."""
+        both = self.linear(x, f"{name}.gate_up", gate_up, gate_up_bias)
         gate, up = self.nodes("Split", [both], 2, axis=-1, num_outputs=2)
         gate = self.node("Mul", [gate, self.node("Sigmoid", [gate])])
         return self.linear(self.node("Mul", [gate, up]), f"{name}.down", down, down_bias)
@@ -96,11 +147,23 @@ class GraphWriter:
             ir_version=_IR_VERSION,
             producer_name="ppcr",
         )
-        onnx.checker.check_model(model)
+        if self.data is None:
+            onnx.checker.check_model(model)
         return model
 
     def save(self, name: str, path: Path) -> None:
+        """Write the checked model to ``path``, in the folder of its external data."""
         onnx.save(self.model(name), path)
+        if self.data is not None:
+            self.data.flush()
+            onnx.checker.check_model(str(path))  # by its path: the checker looks for the data beside it
+
+    def _add(self, name: str, kind: int, shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> None:
+        if self.data is not None:
+            self._constants[name] = self.data.add(name, kind, shape, pieces)
+            return
+        raw = b"".join(np.ascontiguousarray(piece).tobytes() for piece in pieces)
+        self._constants[name] = TensorProto(name=name, data_type=kind, dims=shape, raw_data=raw)
 
     def _fresh(self, kind: str) -> str:
         self._count += 1

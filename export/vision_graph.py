@@ -155,7 +155,12 @@ class VisionWriter:
             self._linear(f"{name}.mlp.{part}_proj") for part in ("gate", "up", "down")
         )
         y = g.gated_mlp(
-            y, f"{name}.mlp", (gate, up), down, gate_up_bias=(gate_bias, up_bias), down_bias=down_bias
+            y,
+            f"{name}.mlp",
+            np.concatenate([gate, up]),
+            down,
+            gate_up_bias=np.concatenate([gate_bias, up_bias]),
+            down_bias=down_bias,
         )
         return g.node("Add", [x, y])
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,9 @@ class TensorFiles(Mapping[str, np.ndarray]):
             raise CheckpointError(f"cannot read {path} as safetensors ({error}): copy it again") from None
 
     def __getitem__(self, name: str) -> np.ndarray:
-        path, kind, shape, offset = self._places[name]
-        if 0 in shape:
-            return np.zeros(shape, np.float32)
-        raw = np.memmap(path, dtype=_TYPES[kind], mode="r", offset=offset, shape=shape or (1,))
-        if kind == "BF16":
-            wide = raw.astype(np.uint32) << np.uint32(16)
-            return wide.view(np.float32).reshape(shape)
-        return np.array(raw, np.float32 if kind == "F16" else None).reshape(shape)
+        if 0 in self.shape(name):
+            return np.zeros(self.shape(name), np.float32)
+        return _widened(self.raw(name), self.kind(name)).reshape(self.shape(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -72,7 +68,19 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def find(self, *names: str) -> np.ndarray:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._places[name][2]
+
+    def kind(self, name: str) -> str:
+        """The type as the file has it: "F32", "F16", "BF16", …"""
+        return self._places[name][1]
+
+    def raw(self, name: str) -> np.ndarray:
+        """The tensor's own bytes, mapped and not read (bfloat16 as uint16); a scalar has shape [1]."""
+        path, kind, shape, offset = self._places[name]
+        return np.memmap(path, dtype=_TYPES[kind], mode="r", offset=offset, shape=shape or (1,))
+
+    def name_of(self, *names: str) -> str:
         """The first of ``names`` that is there (writers of one architecture differ in their prefixes).
 
         Raises:
@@ -80,8 +88,70 @@ class TensorFiles(Mapping[str, np.ndarray]):
         """
         for name in names:
             if name in self._places:
-                return self[name]
+                return name
         raise CheckpointError(f"{self.folder} holds no tensor {names[0]}: it is of another architecture")
+
+    def find(self, *names: str) -> np.ndarray:
+        """The tensor of the first of ``names`` that is there. Raises CheckpointError."""
+        return self[self.name_of(*names)]
+
+    def matrix(self, *names: str) -> Matrix:
+        """The tensors of these names, flattened to [out, in] each, one under the other; nothing is read yet.
+
+        Raises:
+            CheckpointError: their widths differ, or one is no matrix.
+        """
+        shapes = [self.shape(name) for name in names]
+        if any(len(shape) < 2 for shape in shapes) or len({math.prod(shape[1:]) for shape in shapes}) != 1:
+            told = ", ".join(f"{name} {list(shape)}" for name, shape in zip(names, shapes, strict=True))
+            raise CheckpointError(f"{self.folder} holds matrices that do not fit each other: {told}")
+        return Matrix(self, names)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [out, in] that stays in its files and is read some columns at a time."""
+
+    files: TensorFiles
+    names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first = self.files.shape(self.names[0])
+        return sum(self.files.shape(name)[0] for name in self.names), math.prod(first[1:])
+
+    def columns(self, start: int, stop: int) -> np.ndarray:
+        """f32 [out, stop - start]."""
+        parts = [self._part(name)[:, start:stop] for name in self.names]
+        kinds = [self.files.kind(name) for name in self.names]
+        wide = [_widened(part, kind) for part, kind in zip(parts, kinds, strict=True)]
+        return np.asarray(wide[0] if len(wide) == 1 else np.concatenate(wide), np.float32)
+
+    def _part(self, name: str) -> np.ndarray:
+        raw = self.files.raw(name)
+        return raw.reshape(raw.shape[0], -1)
+
+
+class RowTable:
+    """A table [rows, columns] left in its file: rows are read, as float32, when they are asked for.
+
+    What an embedding is to a runtime: a gigabyte of which a conversation needs a few hundred rows.
+    """
+
+    def __init__(self, files: TensorFiles, name: str) -> None:
+        self._raw, self._kind = files.raw(name), files.kind(name)
+        self.shape: tuple[int, ...] = files.shape(name)
+
+    def __getitem__(self, ids: int | Sequence[int] | np.ndarray) -> np.ndarray:
+        """f32 [*shape of ids, columns]."""
+        return np.asarray(_widened(np.asarray(self._raw[ids]), self._kind), np.float32)
+
+
+def _widened(raw: np.ndarray, kind: str) -> np.ndarray:
+    """A copy with bfloat16 (as uint16) and float16 as float32."""
+    if kind == "BF16":
+        return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return np.array(raw, np.float32 if kind == "F16" else None)
 
 
 def _files(folder: Path) -> list[Path]:
