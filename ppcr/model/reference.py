@@ -129,9 +129,7 @@ class ReferencePipeline:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
         try:
-            tokenizer = PromptTokenizer.load(
-                checkpoint.tokenizer, Conversation(checkpoint.config.mllm.ruler)
-            )
+            tokenizer = PromptTokenizer.load(checkpoint.tokenizer, Conversation(checkpoint.config.mllm.ruler))
             segmenter = Segmenter.load(checkpoint.segmenter)
         except (BundleError, OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read the checkpoint {checkpoint.root}: {error}") from None
