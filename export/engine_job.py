@@ -263,7 +263,8 @@ def _monitor(trt: Any, report: Report) -> Any:
 def _kernels(text: str) -> list[Kernel]:
     """The rows of the builder's message "Layers:"; tensors of the engine follow, indented."""
     found = []
-    for row in re.split(r"\n(?=Name: )", text)[1:]:
+    # A second optimization profile says so in the name of every tensor.
+    for row in re.split(r"\n(?=Name: )", re.sub(r" \[profile \d+\]", "", text))[1:]:
         match = _LAYER.match(row)
         if match:
             reads, writes = (

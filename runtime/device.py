@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -88,8 +90,10 @@ def current_device() -> Device:
 class DeviceMemory:
     """``size`` bytes on the GPU, zeroed, freed with the object."""
 
+    address = 0
+
     def __init__(self, size: int) -> None:
-        self.size, self.address = size, 0
+        self.size = size
         try:
             self.address = int(call("cudaMalloc", size))
         except EngineError as error:
@@ -106,26 +110,19 @@ class DeviceMemory:
 
 
 class PinnedArray:
-    """A numpy array in page-locked memory, which the GPU copies from and to without the processor."""
+    """A numpy array in page-locked memory, which the GPU copies from and to without the processor.
+
+    The memory lives as long as any view of ``array``.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> None:
         kind = np.dtype(dtype)
-        size = max(1, int(np.prod(shape)) * kind.itemsize)
-        self.address = int(call("cudaMallocHost", size))
-        self.array: npt.NDArray[Any] = np.frombuffer(_view(self.address, size), kind, int(np.prod(shape)))
-        self.array = self.array.reshape(shape)
+        count = int(np.prod(shape))
+        self.address = int(call("cudaMallocHost", count * kind.itemsize))
+        view = (ctypes.c_byte * (count * kind.itemsize)).from_address(self.address)
+        weakref.finalize(view, bindings().cudaFreeHost, self.address)
+        self.array: npt.NDArray[Any] = np.frombuffer(view, kind, count).reshape(shape)
         self.array[...] = 0
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0):
-            bindings().cudaFreeHost(self.address)
-            self.address = 0
-
-
-def _view(address: int, size: int) -> Any:
-    import ctypes
-
-    return (ctypes.c_byte * size).from_address(address)
 
 
 class Stream:
@@ -153,6 +150,13 @@ class Stream:
     def move(self, target: int, source: int, size: int) -> None:
         """Queue a copy of ``size`` bytes within the GPU."""
         self._copy(target, source, size, "cudaMemcpyDeviceToDevice")
+
+    def move_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None:
+        """Queue a copy of ``rows`` rows of ``width`` bytes within the GPU; pitches are from row to row."""
+        kind = bindings().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        call("cudaMemcpy2DAsync", target, target_pitch, source, source_pitch, width, rows, kind, self.handle)
 
     def _copy(self, target: int, source: int, size: int, kind: str) -> None:
         call("cudaMemcpyAsync", target, source, size, getattr(bindings().cudaMemcpyKind, kind), self.handle)

@@ -116,6 +116,21 @@ class TensorRT:
             context.set_optimization_profile_async(profile, stream)
         return context, cache
 
+    def create_runtime(self) -> Any:
+        """What loads engines; it tells of errors on stderr."""
+        return self.module.Runtime(self.module.Logger(self.module.Logger.ERROR))
+
+    def refusal(self, runtime: Any, data: bytes) -> str:
+        """Why an engine would not load here, "" if it would. Only TensorRT-RTX can tell beforehand."""
+        if not self.is_rtx:
+            return ""
+        validity, reasons = runtime.get_engine_validity(data[: runtime.engine_header_size])
+        if validity != self.module.EngineValidity.INVALID:
+            return ""
+        known = self.module.EngineInvalidityDiagnostics.__members__.items()
+        named = [name.lower().replace("_", " ") for name, bit in known if int(reasons) & int(bit)]
+        return ", ".join(named) or "it does not say why"
+
     def loads(self, flavour: str, version: str, options: tuple[str, ...] = ()) -> bool:
         """Whether an engine built by ``flavour`` ``version`` can be loaded with this library."""
         if flavour != self.flavour:

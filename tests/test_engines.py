@@ -297,9 +297,7 @@ def test_no_library_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.M
         tensorrt_library.find.cache_clear()
         for name in ("tensorrt", "tensorrt_rtx"):
             sys.modules.pop(name, None)
-    told = {"absent": "cannot be imported", "stub": "stub without Builder", "broken": "libnvinfer.so.10"}[
-        kind
-    ]
+    told = {"absent": "is not installed", "stub": "stub without Builder", "broken": "libnvinfer.so.10"}[kind]
     assert str(caught.value).count(told) == 2
     assert "pip install '.[gpu]'" in str(caught.value)
 
