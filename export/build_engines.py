@@ -2,6 +2,8 @@
 
 Writes the graphs at every precision, then holds each to the torch reference on held-out scenes. The bundle is
 built beside its place and renamed into it: an error, or Ctrl-C, leaves nothing. Exit codes: `ppcr.errors`.
+
+With ``--target sm_89`` the bundle (built first where there is none) gets TensorRT engines for that GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +18,28 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from ppcr.checkpoint import SHIPPED, Checkpoint
-from ppcr.errors import BundleError, CommandParser, run_cli
+from ppcr.errors import BundleError, CommandParser, UsageError, run_cli
 from ppcr.files import atomic_directory
-from ppcr.manifest import MANIFEST, Manifest, Parity
+from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
 
 if TYPE_CHECKING:
     from export.bundle import BundleWriter
+    from export.engine_job import Built
     from export.parity import Progress
 
 DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
 PRECISIONS = ("fp32", "int8")
 PARITY_SCENES = 128
+TARGETS = ("current", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+ENGINE_OPTIONS = ("version-compatible", "strip-weights", "weight-streaming")
+_ENGINE_PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
+
+
+_HELP = {
+    "version-compatible": "engines that later versions of the library load",
+    "strip-weights": "engines without weights, which are put in when loaded",
+    "weight-streaming": "engines whose weights may stay in the host's memory",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,10 +58,15 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--precision",
         type=_precisions,
-        default=PRECISIONS,
         metavar="P[,P]",
-        help=f"of {', '.join(PRECISIONS)}, the first being the default of the bundle (default: all)",
+        help=f"of {', '.join(PRECISIONS)}, the first being the default of the bundle (default: all); "
+        f"with --target one of {', '.join(_ENGINE_PRECISIONS)} (default: fp16)",
     )
+    out.add_argument(
+        "--target", choices=TARGETS, help="compile the bundle's graphs to TensorRT engines for this GPU"
+    )
+    for option in ENGINE_OPTIONS:
+        out.add_argument(f"--{option}", action="store_true", help=f"with --target: {_HELP[option]}")
     out.add_argument(
         "--parity-scenes",
         type=_positive,
@@ -67,6 +85,20 @@ def parser() -> argparse.ArgumentParser:
 
 def _main(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
+    if options.target:
+        return _engines(options)
+    chosen = [option for option in ENGINE_OPTIONS if getattr(options, option.replace("-", "_"))]
+    if chosen:
+        raise UsageError(f"--{chosen[0]} goes with --target (--help shows the options)")
+    options.precision = options.precision or PRECISIONS
+    unknown = [name for name in options.precision if name not in PRECISIONS]
+    if unknown:
+        told = f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}"
+        raise UsageError(f"argument --precision: {told} (--help shows the options)")
+    return _bundle(options)
+
+
+def _bundle(options: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(options.checkpoint)
     if not options.force and is_current(options.output, checkpoint, options):
         print(f"{options.output} is up to date with {checkpoint.root} (--force builds it again)")
@@ -75,6 +107,48 @@ def _main(argv: Sequence[str] | None) -> int:
         build(checkpoint, part, options)
     print(f"bundle: {options.output}")
     return 0
+
+
+def _engines(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from export.engines import add_engines, choose
+
+    names = options.precision or ("fp16",)
+    if len(names) > 1:
+        raise UsageError("engines are built at one precision a time: give --precision one name")
+    extras = [option for option in ENGINE_OPTIONS if getattr(options, option.replace("-", "_"))]
+    library, target = choose(options.target, names[0], extras)
+    if not (options.output / MANIFEST).is_file():
+        options.precision = PRECISIONS
+        _bundle(options)
+    with tqdm(total=len(ROLES), unit="engine", file=sys.stderr, disable=None) as bar:
+
+        def progress(told: str) -> None:
+            if told in ROLES:
+                bar.update()
+            else:
+                bar.set_description_str(told)
+
+        built = add_engines(options.output, target, names[0], options=extras, progress=progress)
+    print(engine_table(built))
+    print(f"engines: {options.output / 'engines' / target} ({library.title}; built, not executed)")
+    return 0
+
+
+def engine_table(built: dict[str, Built]) -> str:
+    """Size, kernels, attentions fused to one kernel, and native layers of each engine, a line each.
+
+    A decoder has two numbers of kernels: of a single token, and of a block of any length.
+    """
+    lines = [f"{'engine':<16}{'MB':>8}{'kernels':>10}{'attention':>11}  native layers"]
+    for role, engine in built.items():
+        pieces = [engine.piece(number) for number in engine.pieces]
+        kernels = " + ".join(str(len(piece)) for piece in pieces)
+        attention = " + ".join(str(sum(kernel.is_attention for kernel in piece)) for piece in pieces)
+        native = ", ".join(f"{name} {count}" for name, count in engine.native.items())
+        lines.append(f"{role:<16}{engine.bytes / 1e6:>8.2f}{kernels:>10}{attention:>11}  {native or '-'}")
+    return "\n".join(lines)
 
 
 def is_current(output: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> bool:
@@ -162,9 +236,10 @@ def table(writer: BundleWriter, manifest: Manifest, figures: dict[str, Parity]) 
 
 def _precisions(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in PRECISIONS]
+    known = (*PRECISIONS, *_ENGINE_PRECISIONS)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(dict.fromkeys(known))}")
     return names
 
 

@@ -105,7 +105,10 @@ class Sessions:
     segmenter: SegmenterSession
 
 
-BACKENDS: dict[str, str] = {"onnxruntime": "runtime.onnxruntime_session"}
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "runtime.onnxruntime_session",
+    "tensorrt": "runtime.tensorrt_session",
+}
 """Engine name -> module with ``load(bundle, *, threads) -> Sessions``."""
 
 

@@ -38,7 +38,7 @@ ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
         frozenset({"words", "ppcr.model", "ppcr.data", "ppcr.evaluation", "kernels", "runtime"}),
         None,
     ),
-    "runtime": (frozenset({"words"}), WORDS_LIBRARIES | ENGINES | {"torch"}),
+    "runtime": (frozenset({"words"}), WORDS_LIBRARIES | ENGINES | {"cuda", "torch"}),
     "benchmarks": (
         frozenset({"words", "ppcr.model", "ppcr.data", "ppcr.evaluation", "kernels", "runtime", "export"}),
         None,
