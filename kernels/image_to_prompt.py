@@ -1,7 +1,7 @@
 """Image cells read prompt tokens: the whole image-side block in one kernel.
 
 A program holds BM cells, lets every head read all tokens, and closes with the residual and the LayerNorm:
-each cell is read once and written once. E expressions write E images; they may read one shared image, which is
+each cell comes from memory once and is written once. E expressions write E images; they may read one shared image, which is
 then not repeated in memory.
 """
 
@@ -15,10 +15,12 @@ from kernels.tiles import add, dot, dot_add, norm, online
 
 @triton.jit
 def _close(
-    acc, x, p_bo, p_gamma, p_beta, p_after, p_out, i_e, m, M, eps,
+    acc, p_x, p_bo, p_gamma, p_beta, p_after, p_out, i_e, m, M, eps, x_group,
     C: tl.constexpr, HAS_AFTER: tl.constexpr,
 ):  # fmt: skip
     c = tl.arange(0, C)
+    # The cells come from the cache once more: held all along, they would cost the registers of the products.
+    x = tl.load(p_x + ((i_e // x_group) * M + m)[:, None] * C + c[None, :], mask=(m < M)[:, None], other=0.0)
     y = acc + tl.load(p_bo + c).to(tl.float32)[None, :] + x.to(tl.float32)
     y = norm(y, p_gamma, p_beta, eps, C)
     at = (i_e * M + m)[:, None] * C + c[None, :]
@@ -57,7 +59,7 @@ def write_folded(
         p = p / tl.where(total == 0.0, 1.0, total)[:, None]
         value = tl.load(p_value + row[:, None] * C + c[None, :], mask=token[:, None], other=0.0)  # [BN, C]
         acc = dot_add(p.to(x.dtype), value, acc)
-    _close(acc, x, p_bo, p_gamma, p_beta, p_after, p_out, i_e, m, M, eps, C, HAS_AFTER)
+    _close(acc, p_x, p_bo, p_gamma, p_beta, p_after, p_out, i_e, m, M, eps, x_group, C, HAS_AFTER)
 
 
 @triton.jit
@@ -101,4 +103,4 @@ def write_heads(
         o = o / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
         wo = tl.load(p_wo + c[None, :] * (H * D) + d[:, None])  # [D, C]
         acc = dot_add(o.to(x.dtype), wo, acc)
-    _close(acc, x, p_bo, p_gamma, p_beta, p_after, p_out, i_e, m, M, eps, C, HAS_AFTER)
+    _close(acc, p_x, p_bo, p_gamma, p_beta, p_after, p_out, i_e, m, M, eps, x_group, C, HAS_AFTER)

@@ -10,6 +10,14 @@ BALANCE = 180
 """FLOPs of 16-bit matrix work in the time of one byte of memory traffic (H200: 790 TFLOP/s, 4.3 TB/s)."""
 
 
+def fits(dim: int, heads: int, head_dim: int) -> bool:
+    """Whether the kernels have tiles for these widths: powers of two up to 256, head_dim 16, 32 or 64."""
+    widths = dim, heads * head_dim
+    return head_dim in HEAD_DIMS and all(
+        16 <= width <= MAX_WIDTH and width & (width - 1) == 0 for width in widths
+    )
+
+
 @dataclass(frozen=True)
 class Problem:
     """Sizes of one attention between prompts and image.
@@ -45,16 +53,6 @@ class Problem:
     @property
     def inner(self) -> int:
         return self.heads * self.head_dim
-
-    @property
-    def supported(self) -> bool:
-        """Whether the kernels can run it: widths that are powers of two and fit a tile."""
-        widths = self.dim, self.inner
-        return (
-            self.head_dim in HEAD_DIMS
-            and all(16 <= width <= MAX_WIDTH and width & (width - 1) == 0 for width in widths)
-            and min(self.tokens, self.cells, self.expressions) > 0
-        )
 
 
 @dataclass(frozen=True)
