@@ -2,64 +2,80 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
+from kernels.op import prompt_feature_attention
+from kernels.reference import IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights
 from ppcr.model.image_encoder import ImageFeatures
-from ppcr.model.layers import Mlp, Norm, TokenAttention, merge_heads, split_heads
+from ppcr.model.layers import Mlp, Norm, TokenAttention
 from ppcr.model.prompt_encoder import EncodedPrompts
 
 
 class PromptFeatureAttention(nn.Module):
-    """Attention between a few prompt tokens and many image cells, in either direction.
+    """Attention between a few prompt tokens and many image cells, with the residual and norm that close it.
 
-    The one place where prompts meet image features: prompt to image (skinny queries, long keys) and image to
-    prompt (long queries, skinny keys). The inner width heads * head_dim is narrower than the model.
+    The one place where prompts meet image features, in either direction: prompt to image (skinny queries, long
+    keys) and image to prompt (long queries, skinny keys). The inner width heads * head_dim is narrower than the
+    model. `kernels.op` runs it: fused on a GPU, standard operators elsewhere and in exported graphs.
 
-    Shapes: queries f[B, K or 1, Q, C], keys and values f[B, K or 1, N, C] -> f[B, K, Q, C]. A dimension of 1
-    is shared by all prompts of an image: it broadcasts in the products and is never copied by the caller.
+    Shapes: x f[B, K or 1, Q, C] with x_position like x or f[Q, C] reads y f[B, K or 1, N, C] with y_position;
+    `norm` closes, `after` f[B, K, Q, C] is added to the result f[B, K, Q, C]. A dimension of 1 is shared by all
+    prompts of an image: it is never copied.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, direction: str) -> None:
         super().__init__()
         inner = heads * head_dim
-        self.heads, self.scale = heads, 1.0 / math.sqrt(head_dim)
+        self.heads, self.direction = heads, direction
         self.q, self.k, self.v = (nn.Linear(dim, inner) for _ in range(3))
         self.out = nn.Linear(inner, dim)
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        q, k, v = (
-            split_heads(p(x), self.heads) for p, x in ((self.q, queries), (self.k, keys), (self.v, values))
-        )
-        weights = ((q * self.scale) @ k.transpose(-1, -2)).softmax(-1)
-        return self.out(merge_heads(weights @ v))
+    def forward(
+        self,
+        x: Tensor,
+        x_position: Tensor,
+        y: Tensor,
+        y_position: Tensor,
+        norm: nn.LayerNorm,
+        after: Tensor | None = None,
+    ) -> Tensor:
+        layers = self.q, self.k, self.v, self.out, norm
+        weights = Weights(*(t for layer in layers for t in (layer.weight, layer.bias)))
+        return prompt_feature_attention(
+            x, x_position, y, y_position, weights,
+            direction=self.direction, heads=self.heads, eps=norm.eps, after=after,
+        )  # fmt: skip
 
 
 class TwoWayLayer(nn.Module):
     """Tokens among themselves, tokens from image, MLP, image from tokens; each with a residual and a norm.
 
-    tokens f[B, K, M, C], image f[B, K or 1, N, C], token_position like tokens, cell_position f[N, C]
-    -> tokens, image f[B, K, N, C].
+    tokens f[B, K, M, C], image f[B, K or 1, N, C], token_position like tokens, cell_position f[N, C], dense
+    f[B, K, N, C] to be added to the image -> tokens, image f[B, K, N, C].
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, mlp: int) -> None:
         super().__init__()
         self.self_attention = TokenAttention(dim, heads)
-        self.prompt_to_image = PromptFeatureAttention(dim, heads, head_dim)
+        self.prompt_to_image = PromptFeatureAttention(dim, heads, head_dim, PROMPT_TO_IMAGE)
         self.mlp = Mlp(dim, mlp)
-        self.image_to_prompt = PromptFeatureAttention(dim, heads, head_dim)
+        self.image_to_prompt = PromptFeatureAttention(dim, heads, head_dim, IMAGE_TO_PROMPT)
         self.norms = nn.ModuleList(Norm(dim) for _ in range(4))
 
     def forward(
-        self, tokens: Tensor, image: Tensor, token_position: Tensor, cell_position: Tensor
+        self,
+        tokens: Tensor,
+        image: Tensor,
+        token_position: Tensor,
+        cell_position: Tensor,
+        dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        _, after_image, after_mlp, after_prompt = self.norms
         tokens = self.among_tokens(tokens, token_position)
-        placed_image = image + cell_position
-        tokens = self.norms[1](tokens + self.prompt_to_image(tokens + token_position, placed_image, image))
-        tokens = self.norms[2](tokens + self.mlp(tokens))
-        image = self.norms[3](image + self.image_to_prompt(placed_image, tokens + token_position, tokens))
+        tokens = self.prompt_to_image(tokens, token_position, image, cell_position, after_image)
+        tokens = after_mlp(tokens + self.mlp(tokens))
+        image = self.image_to_prompt(image, cell_position, tokens, token_position, after_prompt, dense)
         return tokens, image
 
     def among_tokens(self, tokens: Tensor, position: Tensor) -> Tensor:
@@ -92,7 +108,7 @@ class MaskDecoder(nn.Module):
         self.grid, self.high_res = grid, high_res
         self.queries = nn.Parameter(torch.randn(2, dim))  # mask, score
         self.layers = nn.ModuleList(TwoWayLayer(dim, heads, head_dim, mlp) for _ in range(layers))
-        self.last_prompt_to_image = PromptFeatureAttention(dim, heads, head_dim)
+        self.last_prompt_to_image = PromptFeatureAttention(dim, heads, head_dim, PROMPT_TO_IMAGE)
         self.last_norm = Norm(dim)
         self.up_0, self.up_1 = nn.Linear(dim, 4 * c0), nn.Linear(c0, 4 * c1)
         self.skip_0, self.skip_1 = nn.Linear(c0, c0), nn.Linear(c1, c1)
@@ -111,12 +127,10 @@ class MaskDecoder(nn.Module):
         position = torch.cat([queries, prompts.tokens], dim=-2)
         tokens = position
         for index, layer in enumerate(self.layers):
-            tokens, image = layer(tokens, image, position, cell_position)
-            if index == 0:
-                # Joins only now, so that all prompts of an image share the first layer's keys and values.
-                image = image + prompts.dense
-        attended = self.last_prompt_to_image(tokens + position, image + cell_position, image)
-        tokens = self.last_norm(tokens + attended)
+            # Joins after the first layer, so that all prompts of an image share that one's keys and values.
+            dense = prompts.dense if index == 0 else None
+            tokens, image = layer(tokens, image, position, cell_position, dense)
+        tokens = self.last_prompt_to_image(tokens, position, image, cell_position, self.last_norm)
         mask_token, score_token = tokens[..., 0, :], tokens[..., 1, :]
         scores = torch.sigmoid(self.score_head(score_token).float()).squeeze(-1)
         return self._draw(image, features, self.mask_head(mask_token)), scores
