@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.reference import PROMPT_TO_IMAGE
 from ppcr.model.image_encoder import ImageFeatures
 from ppcr.model.layers import Norm
 from ppcr.model.mask_decoder import (
@@ -66,7 +67,9 @@ class SamMaskDecoder(nn.Module):
         self.semantic = SemanticReader(dim, config.heads)
         self.no_mask = nn.Parameter(torch.randn(dim))
         self.layers = nn.ModuleList(SamTwoWayLayer(config, first=i == 0) for i in range(config.layers))
-        self.last_prompt_to_image = PromptFeatureAttention(dim, config.heads, config.head_dim)
+        self.last_prompt_to_image = PromptFeatureAttention(
+            dim, config.heads, config.head_dim, PROMPT_TO_IMAGE
+        )
         self.last_norm = Norm(dim)
         self.up_0, self.up_1 = nn.Linear(dim, 4 * c0), nn.Linear(c0, 4 * c1)
         self.up_norm = Norm(c0, eps=1e-6)
@@ -86,8 +89,7 @@ class SamMaskDecoder(nn.Module):
         tokens = position
         for layer in self.layers:
             tokens, image = layer(tokens, image, position, cell_position)
-        attended = self.last_prompt_to_image(tokens + position, image + cell_position, image)
-        tokens = self.last_norm(tokens + attended)
+        tokens = self.last_prompt_to_image(tokens, position, image, cell_position, self.last_norm)
         scores = self.score_head(tokens[..., self.score_at, :]).float()
         scores = scores.sigmoid() if self.squash else scores.clamp(0.0, 1.0)
         heads = enumerate(self.mask_heads, self.score_at + 1)
