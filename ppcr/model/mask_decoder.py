@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.op import prompt_feature_attention
 from kernels.reference import IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights
 from ppcr.model.image_encoder import ImageFeatures
 from ppcr.model.layers import Mlp, Norm, TokenAttention
 from ppcr.model.prompt_encoder import EncodedPrompts
+
+
+class CellFeatures(NamedTuple):
+    """Features of an image in the order of the decoder's N cells, channels last; one for all its prompts.
+
+    image_features f[B, 1, N, C]; high_res_0 f[B, 1, N, 4, C0] and high_res_1 f[B, 1, N, 4, 4, C1], what the
+    finer levels add while a mask is drawn.
+    """
+
+    image_features: Tensor
+    high_res_0: Tensor
+    high_res_1: Tensor
 
 
 class PromptFeatureAttention(nn.Module):
@@ -89,7 +104,7 @@ class MaskDecoder(nn.Module):
     """Features of B images, prompts [B, K] -> mask logits f[B, K, S/2, S/2] and scores f32[B, K] in 0..1.
 
     Upscaling keeps the 4x4 pixels of a cell in the channel dimension until the mask is one channel deep: the
-    image's high-resolution features are rearranged once, and nothing but masks is permuted per prompt.
+    image's features are rearranged once (`prepare`), and nothing but masks is permuted per prompt.
     """
 
     def __init__(
@@ -117,10 +132,23 @@ class MaskDecoder(nn.Module):
         bias = self.mask_head.get_parameter("2.bias")
         nn.init.constant_(bias[-1:], -3.0)  # an empty mask to begin with: objects are small
 
+    def prepare(self, features: ImageFeatures) -> CellFeatures:
+        """What decoding needs of an image and no prompt changes: part of encoding it."""
+        c0, c1 = self.high_res
+        # Cells of the grid, then the 2x2 quarters of a cell, then the 2x2 pixels of a quarter. The biases of
+        # what the finer levels are added to come along.
+        high_0 = quarters(self.skip_0(rows(features.high_res_0)), self.grid)
+        high_1 = sixteenths(self.skip_1(rows(features.high_res_1)), self.grid)
+        return CellFeatures(
+            rows(features.image_features).unsqueeze(1),
+            high_0 + self.up_0.bias.view(4, c0),
+            high_1 + self.up_1.bias.view(4, c1),
+        )
+
     def forward(
-        self, features: ImageFeatures, prompts: EncodedPrompts, cell_position: Tensor
+        self, features: CellFeatures, prompts: EncodedPrompts, cell_position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        image = features.image_features.flatten(2).transpose(1, 2).unsqueeze(1)
+        image = features.image_features
         cell_position = cell_position.to(image.dtype)
         b, k = prompts.tokens.shape[:2]
         queries = self.queries.to(prompts.tokens.dtype).expand(b, k, -1, -1)
@@ -135,15 +163,12 @@ class MaskDecoder(nn.Module):
         scores = torch.sigmoid(self.score_head(score_token).float()).squeeze(-1)
         return self._draw(image, features, self.mask_head(mask_token)), scores
 
-    def _draw(self, image: Tensor, features: ImageFeatures, weights: Tensor) -> Tensor:
+    def _draw(self, image: Tensor, features: CellFeatures, weights: Tensor) -> Tensor:
         """Cells f[B, K, N, C] and mask weights f[B, K, C1 + 1] -> logits f[B, K, 4*grid, 4*grid]."""
         c0, c1 = self.high_res
-        # Cells of the grid, then the 2x2 quarters of a cell, then the 2x2 pixels of a quarter.
-        high_0 = quarters(self.skip_0(rows(features.high_res_0)), self.grid)  # [B, 1, N, 4, C0]
-        high_1 = sixteenths(self.skip_1(rows(features.high_res_1)), self.grid)  # [B, 1, N, 4, 4, C1]
-        x = (self.up_0(image).unflatten(-1, (4, c0)) + high_0).relu()
-        x = (self.up_1(x).unflatten(-1, (4, c1)) + high_1).relu()  # [B, K, N, 4, 4, C1]
-        x = x.flatten(2, 4)
+        x = (F.linear(image, self.up_0.weight).unflatten(-1, (4, c0)) + features.high_res_0).relu()
+        x = (F.linear(x, self.up_1.weight).unflatten(-1, (4, c1)) + features.high_res_1).relu()
+        x = x.flatten(2, 4)  # [B, K, N*16, C1]
         logits = x @ weights[..., :c1, None] + weights[..., None, c1:]  # [B, K, N*16, 1]
         return spread(logits, self.grid)
 

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 from ppcr.model.image_encoder import ImageFeatures
+from ppcr.model.mask_decoder import CellFeatures
 from ppcr.model.sam import SamSegmenter
 from ppcr.model.sam_config import ARCHITECTURES
 from ppcr.model.sam_features import PlainFeatures
 from ppcr.model.segmenter import CONFIG_FILE, Segmenter
 
 AnySegmenter = Segmenter | SamSegmenter
-AnyFeatures = ImageFeatures | PlainFeatures
+AnyFeatures = CellFeatures | ImageFeatures | PlainFeatures
 
 
 def load_segmenter(folder: Path) -> AnySegmenter:
