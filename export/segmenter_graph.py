@@ -160,7 +160,7 @@ def _name_weights(model: onnx.ModelProto, module: nn.Module) -> None:
 
 
 def _digest(value: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(value)).digest()
+    return hashlib.sha256(np.ascontiguousarray(value).data).digest()
 
 
 @contextmanager
