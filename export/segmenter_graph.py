@@ -112,12 +112,12 @@ def _export(
     model = program.model_proto
     _forget_sources(model)
     _name_weights(model, module)
-    _save(model, path, sum(value.nbytes for value in module.state_dict().values()))
+    _save(model, path)
 
 
-def _save(model: onnx.ModelProto, path: Path, size: int) -> None:
+def _save(model: onnx.ModelProto, path: Path) -> None:
     """Write ``model``, and weights of more than a protobuf can hold into a file beside it."""
-    if size < LARGEST:
+    if sum(constant.ByteSize() for constant in model.graph.initializer) < LARGEST:
         onnx.checker.check_model(model)
         onnx.save(model, path)
         return
@@ -160,7 +160,7 @@ def _name_weights(model: onnx.ModelProto, module: nn.Module) -> None:
 
 
 def _digest(value: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(value)).digest()
+    return hashlib.sha256(np.ascontiguousarray(value).data).digest()
 
 
 @contextmanager

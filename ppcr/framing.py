@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -58,14 +59,38 @@ class Framing:
     def place(self, unit: npt.ArrayLike) -> Float32Array:
         """Boxes [..., 4] or points [..., 2] in 0..1 of the image to 0..1 of the input."""
         values = np.asarray(unit, np.float32)
-        share = np.asarray(self._share[::-1], np.float32)
+        (rows, columns), (height, width) = self.content, self.config.image_size
+        share = np.asarray([columns / width, rows / height], np.float32)
         return values * np.tile(share, values.shape[-1] // 2)
 
     def mask(self, logits: npt.NDArray[np.floating[Any]]) -> BoolMask:
         """Logits f32 [h, w] over the whole input to bool [H, W] of the image; True where above 0."""
-        return masks.mask_from_logits(logits, self.size, content=self._share)
+        if self.config.fit == "stretch":
+            return masks.mask_from_logits(logits, self.size)
+        rows, columns = (
+            _by_way_of(cells, side, content, size)
+            for cells, side, content, size in zip(
+                logits.shape, self.config.image_size, self.content, self.size, strict=True
+            )
+        )
+        return np.greater(rows @ np.asarray(logits, np.float32) @ columns.T, 0)
 
-    @property
-    def _share(self) -> tuple[float, float]:
-        (rows, columns), (height, width) = self.content, self.config.image_size
-        return rows / height, columns / width
+
+@lru_cache(maxsize=64)
+def _by_way_of(cells: int, side: int, content: int, size: int) -> Float32Array:
+    """f32 [size, cells]: bilinear from ``cells`` to ``side``, cut off at ``content``, bilinear to ``size``.
+
+    SAM's two steps, one after the other along a line: they are linear, so both are one matrix. Going straight
+    from the cells to the image would move edges by fractions of a pixel.
+    """
+    large = _bilinear(np.eye(cells, dtype=np.float32), side)[:content]
+    return _bilinear(large, size)
+
+
+def _bilinear(lines: Float32Array, size: int) -> Float32Array:
+    """[n, k] to [size, k], each line between its two neighbours, pixels being areas."""
+    count = len(lines)
+    places = np.clip((np.arange(size) + 0.5) * count / size - 0.5, 0, count - 1)
+    low = np.floor(places).astype(np.int64)
+    share = (places - low).astype(np.float32)[:, None]
+    return (1 - share) * lines[low] + share * lines[np.minimum(low + 1, count - 1)]

@@ -62,20 +62,11 @@ def decode_rle(rle: RLE) -> BoolMask:
     return np.repeat(values, runs).reshape((height, width), order="F")
 
 
-def mask_from_logits(
-    logits: npt.NDArray[np.floating[Any]],
-    size: tuple[int, int],
-    *,
-    content: tuple[float, float] = (1.0, 1.0),
-) -> BoolMask:
-    """Resize `f32[h, w]` logits bilinearly to the original image's `size` = (H, W); True where above 0.
-
-    content: share of the rows and of the columns that the image covers, from the upper left corner.
-    """
+def mask_from_logits(logits: npt.NDArray[np.floating[Any]], size: tuple[int, int]) -> BoolMask:
+    """Resize `f32[h, w]` logits bilinearly to the original image's `size` = (H, W); True where above 0."""
     height, width = size
     picture = Image.fromarray(np.ascontiguousarray(logits, np.float32))
-    box = (0.0, 0.0, content[1] * picture.width, content[0] * picture.height)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box), np.float32)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR), np.float32)
     return np.greater(resized, 0)
 
 

@@ -21,6 +21,8 @@ SegmenterFeatures = dict[str, "ort.OrtValue"]
 # Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
 Snapshot = dict[tuple[str, int], npt.NDArray[np.float32]]
 _CACHE_STEP = 64
+MASK_PIXELS = 1 << 20
+"""Pixels of mask logits drawn at once: 16 masks of SAM's, 64 of ppcr-tiny's."""
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
@@ -248,6 +250,9 @@ class OnnxSegmenter:
         self._encoder, self._decoder = image_encoder, mask_decoder
         # Families differ in what they keep of an image: SAM 2 and ppcr-tiny add finer features.
         self._encoded = [output.name for output in image_encoder.get_outputs()]
+        # Upscaled cells of one mask take megabytes: many masks are drawn a part at a time.
+        height, width = (side for side in mask_decoder.get_outputs()[0].shape[1:])
+        self._most = max(1, MASK_PIXELS // (height * width))
         wanted = {value.name for value in mask_decoder.get_inputs()}
         if not set(self._encoded) <= wanted:
             raise BundleError(f"the mask decoder does not take what the image encoder gives: {REBUILD}")
@@ -271,6 +276,17 @@ class OnnxSegmenter:
 
     def decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
         """Mask logits f32 [N, h, w] and scores f32 [N]."""
+        count = len(prompts.boxes)
+        if count <= self._most:
+            return self._decode(features, prompts)
+        parts = []
+        for first in range(0, count, self._most):
+            some = (part[first : first + self._most] for part in vars(prompts).values())
+            parts.append(self._decode(features, Prompts(*some)))
+        logits, scores = zip(*parts, strict=True)
+        return np.concatenate(logits), np.concatenate(scores)
+
+    def _decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
         given = {
             "boxes": prompts.boxes,
             "points": prompts.points,
