@@ -17,6 +17,7 @@ from ppcr import images, masks
 from ppcr.config import PPCRConfig
 from ppcr.framing import Framing
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
+from ppcr.tensors import RowTable
 from ppcr.tokenizer import PromptTokenizer
 from runtime.pipeline import Pipeline
 from runtime.session import Features, Prompts
@@ -176,7 +177,7 @@ def segmenter_prompts(
     semantic: SemanticPrompt | None,
     spatial: SpatialPrompt | None,
     tokenizer: PromptTokenizer,
-    table: Float32Array,
+    table: Float32Array | RowTable,
     max_text: int,
 ) -> Prompts:
     """Arrays of one expression's prompts, either left out where it is None.

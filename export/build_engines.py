@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from ppcr.boxes import WRITTEN
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.errors import BundleError, CommandParser, UsageError, run_cli
 from ppcr.files import atomic_directory
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
 PRECISIONS = ("fp32", "int8")
-PARITY_SCENES = 128
+PRETRAINED_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRETRAINED_DEFAULT = ("int4", "int8")
+PARITY_SCENES, PRETRAINED_SCENES = 128, 2
 TARGETS = ("current", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 ENGINE_OPTIONS = ("version-compatible", "strip-weights", "weight-streaming")
 _ENGINE_PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
@@ -59,8 +62,9 @@ def parser() -> argparse.ArgumentParser:
         "--precision",
         type=_precisions,
         metavar="P[,P]",
-        help=f"of {', '.join(PRECISIONS)}, the first being the default of the bundle (default: all); "
-        f"with --target one of {', '.join(_ENGINE_PRECISIONS)} (default: fp16)",
+        help=f"of {', '.join(PRECISIONS)}, and around a public MLLM of {', '.join(PRETRAINED_PRECISIONS)}; "
+        f"the first is the bundle's default (default: {', '.join(PRECISIONS)}, or there "
+        f"{', '.join(PRETRAINED_DEFAULT)}); with --target one of {', '.join(_ENGINE_PRECISIONS)} (default: fp16)",
     )
     out.add_argument(
         "--target", choices=TARGETS, help="compile the bundle's graphs to TensorRT engines for this GPU"
@@ -70,9 +74,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--parity-scenes",
         type=_positive,
-        default=PARITY_SCENES,
         metavar="N",
-        help="held-out scenes of the parity gate (default: %(default)s)",
+        help="held-out scenes of the parity gate, which reads the MLLM into memory in fp32 "
+        f"(default: {PARITY_SCENES}; around a public MLLM {PRETRAINED_SCENES})",
+    )
+    out.add_argument(
+        "--no-parity",
+        action="store_true",
+        help="leave the parity gate out; the bundle's manifest will hold no figures",
     )
     out.add_argument(
         "--allow-parity-failure",
@@ -90,16 +99,12 @@ def _main(argv: Sequence[str] | None) -> int:
     chosen = [option for option in ENGINE_OPTIONS if getattr(options, option.replace("-", "_"))]
     if chosen:
         raise UsageError(f"--{chosen[0]} goes with --target (--help shows the options)")
-    options.precision = options.precision or PRECISIONS
-    unknown = [name for name in options.precision if name not in PRECISIONS]
-    if unknown:
-        told = f"{unknown[0]!r} is not one of {', '.join(PRECISIONS)}"
-        raise UsageError(f"argument --precision: {told} (--help shows the options)")
     return _bundle(options)
 
 
 def _bundle(options: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(options.checkpoint)
+    settle(options, checkpoint)
     if not options.force and is_current(options.output, checkpoint, options):
         print(f"{options.output} is up to date with {checkpoint.root} (--force builds it again)")
         return 0
@@ -120,7 +125,7 @@ def _engines(options: argparse.Namespace) -> int:
     extras = [option for option in ENGINE_OPTIONS if getattr(options, option.replace("-", "_"))]
     library, target = choose(options.target, names[0], extras)
     if not (options.output / MANIFEST).is_file():
-        options.precision = PRECISIONS
+        options.precision = None
         _bundle(options)
     with tqdm(total=len(ROLES), unit="engine", file=sys.stderr, disable=None) as bar:
 
@@ -149,6 +154,21 @@ def engine_table(built: dict[str, Built]) -> str:
         native = ", ".join(f"{name} {count}" for name, count in engine.native.items())
         lines.append(f"{role:<16}{engine.bytes / 1e6:>8.2f}{kernels:>10}{attention:>11}  {native or '-'}")
     return "\n".join(lines)
+
+
+def settle(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Fill in the defaults that depend on the checkpoint. Raises UsageError for an impossible precision."""
+    pretrained = checkpoint.config.box_convention in WRITTEN
+    allowed = PRETRAINED_PRECISIONS if pretrained else PRECISIONS
+    if options.precision is None:
+        options.precision = PRETRAINED_DEFAULT if pretrained else PRECISIONS
+    for name in options.precision:
+        if name not in allowed:
+            raise UsageError(f"this checkpoint is exported as {', '.join(allowed)}, not as {name}")
+    if options.parity_scenes is None:
+        options.parity_scenes = PRETRAINED_SCENES if pretrained else PARITY_SCENES
+    if options.no_parity:
+        options.parity_scenes = 0
 
 
 def is_current(output: Path, checkpoint: Checkpoint, options: argparse.Namespace) -> bool:
@@ -180,23 +200,23 @@ def build(checkpoint: Checkpoint, part: Path, options: argparse.Namespace) -> No
     """
     from tqdm import tqdm
 
-    from export.bundle import GRAPHS, BundleWriter
     from export.parity import require
+    from export.pretrained_bundle import bundle_writer
 
-    steps = len(GRAPHS) * (1 + sum(p != "fp32" for p in options.precision))
-    steps += options.parity_scenes * (1 + len(options.precision))
+    steps = options.parity_scenes * (1 + len(options.precision))
     with tqdm(total=steps, unit="step", file=sys.stderr, disable=None) as bar:
 
         def progress(name: str) -> None:
             bar.set_description_str(name)
             bar.update()
 
-        writer = BundleWriter(checkpoint, part, progress)
+        writer = bundle_writer(checkpoint, part, progress)
+        bar.total += writer.steps(options.precision)
         shapes = writer.write_graphs(options.precision)
         writer.write_common()
         manifest = writer.manifest(options.precision, shapes)
         manifest.save(part)
-        figures = _parity(checkpoint, part, options, progress)
+        figures = {} if options.no_parity else _parity(checkpoint, part, options, progress)
     print(table(writer, manifest, figures))
     if not options.allow_parity_failure:
         require(figures)
@@ -209,13 +229,15 @@ def _parity(
 ) -> dict[str, Parity]:
     from transformers.utils import logging as transformers_logging
 
+    from export.formats import NOT_ON_CPU
     from export.parity import make_cases, measure
     from ppcr.model.reference import ReferencePipeline
 
     transformers_logging.disable_progress_bar()
     reference = ReferencePipeline.load(checkpoint)
     cases = make_cases(reference, options.parity_scenes, progress)
-    return {precision: measure(part, precision, cases, progress) for precision in options.precision}
+    runnable = [precision for precision in options.precision if precision not in NOT_ON_CPU]
+    return {precision: measure(part, precision, cases, progress) for precision in runnable}
 
 
 def table(writer: BundleWriter, manifest: Manifest, figures: dict[str, Parity]) -> str:
@@ -236,7 +258,7 @@ def table(writer: BundleWriter, manifest: Manifest, figures: dict[str, Parity]) 
 
 def _precisions(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    known = (*PRECISIONS, *_ENGINE_PRECISIONS)
+    known = (*PRETRAINED_PRECISIONS, *_ENGINE_PRECISIONS)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(dict.fromkeys(known))}")

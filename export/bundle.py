@@ -60,6 +60,14 @@ class BundleWriter:
     progress: Progress
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def steps(self, wanted: Sequence[str]) -> int:
+        """How often ``progress`` is called for the graphs of ``wanted``."""
+        return len(GRAPHS) * (1 + sum(precision != "fp32" for precision in wanted))
+
+    def roles(self, precision: str) -> dict[str, str]:
+        """File of each role at ``precision``."""
+        return {role: precisions.file_name(name, precision) for role, name in GRAPHS.items()}
+
     @cached_property
     def segmenter(self) -> AnySegmenter:
         try:
@@ -84,9 +92,7 @@ class BundleWriter:
 
     def write_common(self) -> None:
         """Embedding table, tokenizer and preprocessing."""
-        from safetensors.numpy import save_file
-
-        save_file({EMBEDDING_KEY: self.checkpoint.embedding()}, self.root / EMBEDDING)
+        self._write_embedding(self.root / EMBEDDING)
         shutil.copyfile(self.checkpoint.tokenizer, self.root / TOKENIZER)
         write_json(self.root / PREPROCESS, self.checkpoint.config.to_dict())
 
@@ -106,13 +112,18 @@ class BundleWriter:
             opset=OPSET,
             tools=tools(),
             box_convention=self.checkpoint.config.box_convention,
-            precisions={p: {r: precisions.file_name(n, p) for r, n in GRAPHS.items()} for p in wanted},
+            precisions={precision: self.roles(precision) for precision in wanted},
             files={n: FileEntry.of(self.root / n) for n in files_below(self.root) if n != MANIFEST},
             shapes=shapes,
             default_precision=wanted[0],
             parity=parity or {},
             parity_failure_allowed=allowed,
         )
+
+    def _write_embedding(self, path: Path) -> None:
+        from safetensors.numpy import save_file
+
+        save_file({EMBEDDING_KEY: self.checkpoint.embedding()}, path)
 
     def _write_fp32(self) -> Shapes:
         checkpoint, config = self.checkpoint, self.checkpoint.config

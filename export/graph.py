@@ -72,8 +72,7 @@ class GraphWriter:
     def matrix(self, name: str, weight: Weight, *, bits: int | None = None) -> str:
         """torch's weight [out, in] as what a product takes, [in, out]; written once.
 
-        ``bits``: another number format than the graph's. A matrix that is not made of whole blocks stays
-        floating.
+        ``bits``: another number format than the graph's. A matrix smaller than a block stays floating.
         """
         source, bits = as_source(weight), bits or self.bits
         out, inputs = source.shape

@@ -60,9 +60,9 @@ def float_pieces(source: Source, dtype: Any) -> Iterator[np.ndarray]:
 
 
 def can_block(source: Source) -> bool:
-    """Whether the inputs are whole blocks and the outputs fill whole bytes."""
+    """Whether there is a block of inputs at all, and the outputs fill whole bytes."""
     rows, columns = source.shape
-    return columns % BLOCK == 0 and rows % 2 == 0
+    return columns >= BLOCK and rows % 2 == 0
 
 
 class Blocked:
@@ -75,18 +75,22 @@ class Blocked:
     def __init__(self, source: Source, bits: int, dtype: Any) -> None:
         self.source, self.bits = source, bits
         rows, columns = source.shape
-        self.scales = np.zeros((columns // BLOCK, rows), dtype)
+        self.scales = np.zeros((-(-columns // BLOCK), rows), dtype)
 
     def pieces(self) -> Iterator[np.ndarray]:
         """int8 rows [inputs, out], or uint8 with two numbers a byte, the first in the low half.
 
-        ``scales`` [in / BLOCK, out] are complete after the last piece.
+        ``scales`` [in / BLOCK, rounded up; out] are complete after the last piece.
         """
+        rows = self.source.shape[0]
         for start, stop in _ranges(self.source, BLOCK):
-            block = self.source.columns(start, stop).T.reshape(-1, BLOCK, self.source.shape[0])
-            numbers, scale = quantise(block, self.bits)
-            self.scales[start // BLOCK : stop // BLOCK] = scale[:, 0]
-            yield numbers if self.bits == 8 else pack_int4(numbers)
+            block = self.source.columns(start, stop).T
+            if (stop - start) % BLOCK:  # the last block of all may be short
+                block = np.pad(block, ((0, -(stop - start) % BLOCK), (0, 0)))
+            numbers, scale = quantise(block.reshape(-1, BLOCK, rows), self.bits)
+            self.scales[start // BLOCK : start // BLOCK + len(scale)] = scale[:, 0]
+            whole = numbers.reshape(-1, rows)[: stop - start]
+            yield whole if self.bits == 8 else pack_int4(whole)
 
 
 def quantise(blocks: Float32Array, bits: int) -> tuple[npt.NDArray[np.int8], Float32Array]:

@@ -5,7 +5,9 @@
 - unit: the same divided by width and height, 0..1, so that it holds for every stretched copy. The segmenter
   takes it in 0..1 of its input, which `ppcr.framing` turns it into where images are padded.
 - location: unit values in 1000 bins, 0..999; bin k covers [k/1000, (k+1)/1000) and stands for its centre.
-  This is what the language model writes.
+  This is what the language model of ppcr-tiny writes.
+- written: the whole numbers that a pretrained language model writes, in one of two conventions: ``pixels`` of
+  the resized image it was shown (Qwen2.5-VL), or ``thousandths`` of width and height, 0..1000 (Qwen3-VL).
 
 All arrays are `[..., 4]` as x1, y1, x2, y2.
 """
@@ -13,6 +15,7 @@ All arrays are `[..., 4]` as x1, y1, x2, y2.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,8 @@ import numpy.typing as npt
 from ppcr.errors import BoxError
 
 LOCATION_BINS = 1000
+WRITTEN = ("pixels", "thousandths")
+"""Conventions of the numbers that pretrained models write."""
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 
@@ -102,6 +107,23 @@ def validate_box(box: npt.ArrayLike, width: int, height: int) -> None:
         raise BoxError(f"{shown} is smaller than a pixel; give pixels of the {size} image, not fractions")
 
 
+def to_written(boxes: npt.ArrayLike, convention: str, size: tuple[int, int]) -> Int64Array:
+    """Unit boxes as the numbers a pretrained model writes, shown an image of `size` = (height, width) pixels.
+
+    Values outside 0..1 go to the image's edges. Raises BoxError on NaN, infinity or an unknown convention.
+    """
+    unit = np.asarray(boxes, np.float64)
+    if not np.isfinite(unit).all():
+        raise BoxError("a coordinate is not a finite number; give numbers within 0..1")
+    return np.rint(unit.clip(0, 1) * _written_scale(unit, convention, size)).astype(np.int64)
+
+
+def from_written(numbers: npt.ArrayLike, convention: str, size: tuple[int, int]) -> Float32Array:
+    """The unit boxes of numbers a model wrote, shown an image of `size` = (height, width); see `repair`."""
+    values = np.asarray(numbers, np.float64)
+    return (values / _written_scale(values, convention, size)).astype(np.float32)
+
+
 def area(boxes: npt.ArrayLike) -> Float32Array:
     """Areas `[...]` of boxes `[..., 4]`; 0 for a box with its corners out of order."""
     b = np.asarray(boxes, np.float32)
@@ -121,5 +143,14 @@ def iou(a: npt.ArrayLike, b: npt.ArrayLike) -> Float32Array:
     return np.where(union > 0, inter / np.where(union > 0, union, 1), 0).astype(np.float32)
 
 
-def _scale(boxes: Float32Array, width: int, height: int) -> Float32Array:
+def _scale(boxes: npt.NDArray[Any], width: int, height: int) -> Float32Array:
     return np.tile(np.asarray([width, height], np.float32), boxes.shape[-1] // 2)
+
+
+def _written_scale(values: npt.NDArray[np.float64], convention: str, size: tuple[int, int]) -> Float32Array:
+    height, width = size
+    if convention == "pixels":
+        return _scale(np.zeros(values.shape), width, height)
+    if convention == "thousandths":
+        return _scale(np.zeros(values.shape), 1000, 1000)
+    raise BoxError(f"unknown convention {convention!r} for boxes: it is one of {', '.join(WRITTEN)}")

@@ -98,7 +98,12 @@ class Checkpoint:
 
     def embedding(self) -> np.ndarray:
         """The MLLM's input embedding, float32 [vocabulary, hidden]."""
-        return np.ascontiguousarray(self.mllm_tensors.find(*_EMBEDDING), np.float32)
+        return np.ascontiguousarray(self.mllm_tensors[self.embedding_name], np.float32)
+
+    @property
+    def embedding_name(self) -> str:
+        """What mllm/ calls its input embedding."""
+        return self.mllm_tensors.name_of(*_EMBEDDING)
 
     def source_hash(self) -> str:
         """SHA-256 over the names and contents of all files: what a bundle records as its source."""

@@ -22,6 +22,9 @@ class MLLMConfig:
     Attributes:
         family: architecture, as ``model_type`` of its Hugging Face configuration.
         image_size: height and width in pixels an image is stretched to.
+        resolutions: several such sizes instead, ``image_size`` the first: each image is stretched to the one
+            of its own proportions, or the nearest to them.
+        resample: filter of that stretching, "bilinear" or "bicubic".
         patch, merge, temporal: patch side in pixels, patches merged along a side, frames a patch spans.
         mean, std: per channel, for pixel values in 0..1.
         ruler: location tokens that open the system turn.
@@ -39,12 +42,23 @@ class MLLMConfig:
     ruler: int = 8
     max_expression_tokens: int = 96
     max_length: int = 384
+    resample: str = "bilinear"
+    resolutions: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every (height, width) an image may be stretched to."""
+        return self.resolutions or (self.image_size,)
+
+    def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of image tokens at a size."""
+        side = self.patch * self.merge
+        return size[0] // side, size[1] // side
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of image tokens."""
-        side = self.patch * self.merge
-        return self.image_size[0] // side, self.image_size[1] // side
+        """Rows and columns of image tokens at ``image_size``."""
+        return self.grid_of(self.image_size)
 
     @property
     def image_tokens(self) -> int:
@@ -70,7 +84,9 @@ class PPCRConfig:
     """A whole checkpoint.
 
     Attributes:
-        box_convention: ``loc1000``: boxes and points are location tokens, thousandths of width and height.
+        box_convention: how the MLLM writes boxes (`ppcr.boxes`). ``loc1000``: boxes and points are location
+            tokens, thousandths of width and height. ``pixels``: numbers, in pixels of the resized image.
+            ``thousandths``: numbers, 0 to 1000 of width and height.
     """
 
     name: str = "ppcr-tiny"
@@ -123,5 +139,8 @@ class PPCRConfig:
 
 
 def _read(kind: type[_T], data: dict[str, Any]) -> _T:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return kind(**values)
+    return kind(**{name: _frozen(value) for name, value in data.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

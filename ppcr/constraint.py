@@ -66,7 +66,18 @@ class Free:
         return np.unique(np.asarray((*self.tokens, self.stop), np.int64))
 
 
+@dataclass(frozen=True)
+class Number(Free):
+    """A free field of digits."""
+
+
 Segment = Literal | Choice | Free
+
+
+def _longest(segment: Segment) -> int:
+    if isinstance(segment, Free):
+        return segment.max_tokens + 1
+    return len(segment.tokens) if isinstance(segment, Literal) else 1
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -86,8 +97,7 @@ class Constraint:
     @property
     def max_tokens(self) -> int:
         """Length of the longest answer in tokens."""
-        sizes = {Literal: lambda s: len(s.tokens), Choice: lambda s: 1, Free: lambda s: s.max_tokens + 1}
-        return sum(sizes[type(s)](s) for s in self.segments)
+        return sum(_longest(segment) for segment in self.segments)
 
     def regex(self, decode: Callable[[Sequence[int]], str]) -> str:
         """A regular expression of the answer's text, for engines with guided decoding."""
@@ -98,6 +108,8 @@ class Constraint:
                 part = f"(?:{re.escape(decode(segment.tokens))})"
             elif isinstance(segment, Choice):
                 part = f"(?:{'|'.join(re.escape(decode([t])) for t in segment.tokens)})"
+            elif isinstance(segment, Number):
+                part = f"(?:[0-9]{{1,{segment.max_tokens}}}{re.escape(decode([segment.stop]))})"
             else:
                 stop = re.escape(decode([segment.stop]))
                 part = f"(?:[^{stop}<]+{stop})"

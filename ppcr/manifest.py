@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,10 +23,12 @@ TOKENIZER = "tokenizer.json"
 PREPROCESS = "preprocess.json"
 EMBEDDING = "mllm/embed.safetensors"
 EMBEDDING_KEY = "weight"
-"""The one tensor of ``mllm/embed.safetensors``: f32[vocabulary, hidden]."""
+"""The one tensor of ``mllm/embed.safetensors``, [vocabulary, hidden], in the type the checkpoint has it."""
 COMMON = (TOKENIZER, PREPROCESS, EMBEDDING)
 ROLES = ("vision", "decoder", "image_encoder", "mask_decoder")
 ENGINES = "python export/build_engines.py"
+"""The graphs of every bundle. Further ones are named by `vision_role`, files of weights end in `WEIGHTS`."""
+WEIGHTS = "_weights"
 REBUILD = "build it again with: python export/build_engines.py --force"
 
 
@@ -126,7 +129,8 @@ class Manifest:
         name: of the checkpoint ("ppcr-tiny").
         source: SHA-256 over the checkpoint's files.
         target: what the graphs were made for ("cpu").
-        precisions: per precision ("fp32", "int8"), the file of each role in ROLES.
+        precisions: per precision ("fp32", "int8", …), the file of each role in ROLES, of the vision graphs
+            for further image sizes, and of weights that lie beside their graphs.
         files: every file of the bundle but the manifest itself.
         default_precision: what a load takes when nothing is said.
         parity: figures per precision; empty when the gate was not run.
@@ -277,13 +281,23 @@ class Manifest:
             if parts.is_absolute() or ".." in parts.parts or name not in self.files:
                 raise KeyError(name)
         for precision, roles in self.precisions.items():
-            if set(roles) != set(ROLES):
+            further = [role for role in roles if role not in ROLES]
+            if not set(ROLES) <= set(roles) or not all(map(_is_further_role, further)):
                 raise KeyError(f"roles of {precision}")
         for entry in self.engines:
             if entry.role not in ROLES:
                 raise KeyError(f"role of {entry.file}")
         if self.default_precision not in self.precisions:
             raise KeyError(f"default precision {self.default_precision}")
+
+
+def vision_role(size: tuple[int, int]) -> str:
+    """The role of the vision graph for a further image size (height, width) than the bundle's first."""
+    return f"vision_{size[0]}x{size[1]}"
+
+
+def _is_further_role(role: str) -> bool:
+    return bool(re.fullmatch(rf"vision_\d+x\d+|(vision|decoder|image_encoder|mask_decoder){WEIGHTS}", role))
 
 
 def files_below(folder: Path) -> Iterable[str]:

@@ -26,15 +26,15 @@ class TensorFiles(Mapping[str, np.ndarray]):
     numpy knows no bfloat16, and safetensors' own numpy reader refuses it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Read the headers of ``folder/model.safetensors``, or of the files its index names.
+    def __init__(self, folder: Path, names: Sequence[str] | None = None) -> None:
+        """Read the headers of ``folder/model.safetensors``, or of the files its index names, or of ``names``.
 
         Raises:
             CheckpointError: a file is missing, cut short or not safetensors.
         """
         self.folder = folder
         self._places: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
-        for path in _files(folder):
+        for path in _files(folder) if names is None else [folder / name for name in names]:
             self._read_header(path)
 
     def _read_header(self, path: Path) -> None:
@@ -74,6 +74,13 @@ class TensorFiles(Mapping[str, np.ndarray]):
     def kind(self, name: str) -> str:
         """The type as the file has it: "F32", "F16", "BF16", …"""
         return self._places[name][1]
+
+    def require(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError unless the tensor has this shape."""
+        held = self.shape(name)
+        if held != shape:
+            told = f"{name} of {self.folder} has shape {list(held)}, its config.json says {list(shape)}"
+            raise CheckpointError(f"{told}: copy weights and configuration of one model")
 
     def raw(self, name: str) -> np.ndarray:
         """The tensor's own bytes, mapped and not read (bfloat16 as uint16); a scalar has shape [1]."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -34,6 +35,22 @@ CATEGORY_TOKENS, ATTRIBUTE_TOKENS, RELATION_TOKENS = 4, 8, 24
 """Longest answer of each free field of the semantic prompt, in tokens."""
 
 
+class Texts(Protocol):
+    """The fixed texts of a conversation."""
+
+    @property
+    def before_image(self) -> str: ...
+
+    @property
+    def after_image(self) -> str: ...
+
+    @property
+    def after_expression(self) -> str: ...
+
+    @property
+    def between_stages(self) -> str: ...
+
+
 class PromptTokenizer:
     """Token ids of the conversation, and what each stage may answer.
 
@@ -44,7 +61,7 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Tokenizer, conversation: Conversation | None = None) -> None:
         self.tokenizer = tokenizer
-        self.conversation = conversation or Conversation()
+        self.conversation: Texts = conversation or Conversation()
         self.first_location = self._id(location_token(0))
         if self._id(location_token(LOCATION_BINS - 1)) != self.first_location + LOCATION_BINS - 1:
             raise BundleError(f"the location tokens of this tokenizer.json are not in a row: {_CURE}")
@@ -56,11 +73,7 @@ class PromptTokenizer:
         Raises:
             BundleError: missing, unreadable or without location tokens.
         """
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"cannot read {path}: {error}; build or fetch the bundle again") from None
-        return cls(tokenizer, conversation)
+        return cls(read_tokenizer(path), conversation)
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -119,7 +132,7 @@ class PromptTokenizer:
         (it opens special tokens) and with control characters.
         """
         special = {self._id(t) for t in SPECIAL_TOKENS}
-        locations = range(self.first_location, self.first_location + LOCATION_BINS)
+        locations = self._locations
         used = self.tokenizer.get_vocab(with_added_tokens=True).items()
         fit = {i for text, i in used if not _BREAKING & set(text)}
         return tuple(sorted(fit - special - set(locations)))
@@ -147,9 +160,13 @@ class PromptTokenizer:
         """Six location tokens for each of ``count`` instances."""
         return Constraint((self._location,) * (LOCATIONS_PER_INSTANCE * count))
 
+    @property
+    def _locations(self) -> range:
+        return range(self.first_location, self.first_location + LOCATION_BINS)
+
     @cached_property
     def _location(self) -> Choice:
-        return Choice(tuple(range(self.first_location, self.first_location + LOCATION_BINS)))
+        return Choice(tuple(self._locations))
 
     def semantic(self, ids: Sequence[int]) -> SemanticPrompt:
         """The semantic prompt of an answer within ``semantic_constraint``."""
@@ -162,8 +179,21 @@ class PromptTokenizer:
         *free, (count,) = fields
         return SemanticPrompt.from_fields([self.decode(f) for f in free], self.count_tokens.index(count))
 
-    def spatial(self, ids: Sequence[int]) -> SpatialPrompt:
+    def spatial(self, ids: Sequence[int], size: tuple[int, int] = (1, 1)) -> SpatialPrompt:
+        """The spatial prompt of an answer within ``spatial_constraint``.
+
+        size: height and width in pixels of the image as the model saw it; locations do not depend on it.
+        """
         return SpatialPrompt.from_locations(np.asarray(ids, np.int64) - self.first_location)
 
-    def spatial_ids(self, prompt: SpatialPrompt) -> list[int]:
+    def spatial_ids(self, prompt: SpatialPrompt, size: tuple[int, int] = (1, 1)) -> list[int]:
+        """What the model would have written to say ``prompt``."""
         return [int(i) + self.first_location for i in prompt.locations.reshape(-1)]
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read ``tokenizer.json``. Raises BundleError when it is missing or unreadable."""
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise BundleError(f"cannot read {path}: {error}; build or fetch the bundle again") from None

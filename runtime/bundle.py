@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -13,13 +14,17 @@ import numpy.typing as npt
 from ppcr.config import PPCRConfig
 from ppcr.errors import BundleError, CheckpointError
 from ppcr.manifest import EMBEDDING, EMBEDDING_KEY, PREPROCESS, REBUILD, TOKENIZER, Manifest
-from ppcr.prompts import Conversation
+from ppcr.tensors import RowTable, TensorFiles
 from ppcr.tokenizer import PromptTokenizer
+from ppcr.zero_shot import tokenizer_of
 from runtime.positions import Rotary, section_of
 
 AUTO = "auto"
-PRECISIONS = (AUTO, "fp32", "int8")
+PRECISIONS = (AUTO, "fp32", "fp16", "bf16", "int8", "int4")
 DEFAULT_BUNDLE = Path("bundles/ppcr-tiny-cpu")
+_LARGE = 64 << 20
+
+_Table = TypeVar("_Table", npt.NDArray[np.float32], RowTable)
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,11 @@ class Bundle:
 
     Attributes:
         folder: where it lies.
-        precision: "fp32" or "int8", never "auto".
-        graphs: file of each role ("vision", "decoder", "image_encoder", "mask_decoder").
+        precision: one of `PRECISIONS`, never "auto".
+        graphs: file of each role ("vision", "decoder", "image_encoder", "mask_decoder", and further ones).
         config: sizes and normalisation of both image inputs, and the conversation's measures.
-        embedding: f32 [vocabulary, hidden], read-only: the MLLM's input embedding.
+        embedding: f32 [vocabulary, hidden], read-only: the MLLM's input embedding. A large one stays in its
+            file, of which rows are read when they are asked for.
     """
 
     folder: Path
@@ -40,7 +46,7 @@ class Bundle:
     graphs: dict[str, Path]
     config: PPCRConfig
     tokenizer: PromptTokenizer
-    embedding: npt.NDArray[np.float32]
+    embedding: npt.NDArray[np.float32] | RowTable
 
     @property
     def rotary(self) -> Rotary:
@@ -64,7 +70,7 @@ class Bundle:
         graphs = {role: root / name for role, name in manifest.paths(chosen).items()}
         manifest.verify(root, chosen)
         config = _read_config(root / PREPROCESS)
-        tokenizer = PromptTokenizer.load(root / TOKENIZER, Conversation(config.mllm.ruler))
+        tokenizer = tokenizer_of(config, root / TOKENIZER)
         embedding = _read_embedding(root / EMBEDDING, manifest)
         return cls(root, manifest, chosen, graphs, config, tokenizer, embedding)
 
@@ -76,18 +82,25 @@ def _read_config(path: Path) -> PPCRConfig:
         raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
 
 
-def _read_embedding(path: Path, manifest: Manifest) -> npt.NDArray[np.float32]:
-    # Here, because the import costs more than reading the manifest of a bundle that turns out to be wrong.
-    from safetensors.numpy import load_file
-
-    try:
-        table = np.ascontiguousarray(load_file(path)[EMBEDDING_KEY], np.float32)
-    except Exception as error:  # safetensors raises its own type, OSError or KeyError
-        raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
+def _read_embedding(path: Path, manifest: Manifest) -> npt.NDArray[np.float32] | RowTable:
     wanted = manifest.shapes.vocabulary, manifest.shapes.hidden
+    if path.stat().st_size > _LARGE:
+        try:
+            large = RowTable(TensorFiles(path.parent, [path.name]), EMBEDDING_KEY)
+        except (CheckpointError, KeyError) as error:
+            raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
+        return _sized(large, path, wanted)
+    try:
+        table = np.ascontiguousarray(TensorFiles(path.parent, [path.name])[EMBEDDING_KEY], np.float32)
+    except (CheckpointError, OSError, KeyError) as error:
+        raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
+    table.flags.writeable = False
+    return _sized(table, path, wanted)
+
+
+def _sized(table: _Table, path: Path, wanted: tuple[int, int]) -> _Table:
     if table.shape != wanted:
         raise BundleError(
             f"{path} holds a table of shape {table.shape}, the manifest says {wanted}; {REBUILD}"
         )
-    table.flags.writeable = False
     return table

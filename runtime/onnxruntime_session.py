@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from ppcr.errors import BundleError, EngineError
-from ppcr.manifest import REBUILD, Shapes
+from ppcr.manifest import REBUILD, ROLES, WEIGHTS, Shapes, vision_role
+from ppcr.tensors import RowTable
 from runtime.bundle import Bundle
 from runtime.positions import Tables, make_tables
 from runtime.session import Float32Array, Prompts, Sessions
@@ -19,7 +22,7 @@ from runtime.threads import share_threads
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, "ort.OrtValue"]
 # Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
-Snapshot = dict[tuple[str, int], npt.NDArray[np.float32]]
+Snapshot = dict[tuple[str, int], npt.NDArray[Any]]
 _CACHE_STEP = 64
 MASK_PIXELS = 1 << 20
 """Pixels of mask logits drawn at once: 16 masks of SAM's, 64 of ppcr-tiny's."""
@@ -32,20 +35,29 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         BundleError: a graph cannot be read, or does not take what this runtime feeds.
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
-    plan = share_threads(threads, bundle.graphs["decoder"].stat().st_size)
-    opened = {role: _open(path, getattr(plan, role)) for role, path in bundle.graphs.items()}
-    stepper = opened["decoder"] if plan.step == plan.decoder else _open(bundle.graphs["decoder"], plan.step)
+    weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
+    plan = share_threads(threads, sum(path.stat().st_size for path in weights))
+    opened = {role: open_graph(bundle.graphs[role], getattr(plan, role)) for role in ROLES}
+    stepper = (
+        opened["decoder"] if plan.step == plan.decoder else open_graph(bundle.graphs["decoder"], plan.step)
+    )
     segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
-    return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], stepper, bundle), segmenter)
+    towers = _Towers(opened["vision"], bundle, plan.vision)
+    return Sessions(OnnxMLLM(towers, opened["decoder"], stepper, bundle), segmenter)
 
 
 def open_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
     """The segmenter alone. Raises BundleError and EngineError as `load` does."""
-    encoder, decoder = (_open(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
+    encoder, decoder = (open_graph(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
     return OnnxSegmenter(encoder, decoder)
 
 
-def _open(path: Path, threads: int) -> ort.InferenceSession:
+def open_graph(path: Path, threads: int) -> ort.InferenceSession:
+    """A graph on the CPU with ``threads`` threads, as every part of a bundle is opened.
+
+    Raises:
+        BundleError: it cannot be read. EngineError: this onnxruntime lacks an operator of it.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -65,22 +77,33 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
         raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
 
 
+class _Towers:
+    """The vision graphs of a bundle by image size; those beyond the first are opened when they are needed."""
+
+    def __init__(self, first: ort.InferenceSession, bundle: Bundle, threads: int) -> None:
+        self._opened = {bundle.config.mllm.image_size: first}
+        self._graphs, self._threads = bundle.graphs, threads
+        self._lock = threading.Lock()
+
+    def of(self, size: tuple[int, int]) -> ort.InferenceSession:
+        with self._lock:
+            if size not in self._opened:
+                self._opened[size] = open_graph(self._graphs[vision_role(size)], self._threads)
+            return self._opened[size]
+
+
 class OnnxMLLM:
     """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently."""
 
     def __init__(
         self,
-        vision: ort.InferenceSession,
+        towers: _Towers,
         decoder: ort.InferenceSession,
         stepper: ort.InferenceSession,
         bundle: Bundle,
     ) -> None:
-        shapes = bundle.manifest.shapes
-        if shapes.deepstack:
-            raise BundleError(
-                f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}"
-            )
-        self._vision, self._decoders = vision, (decoder, stepper)
+        shapes, self._config = bundle.manifest.shapes, bundle.config.mllm
+        self._towers, self._decoders = towers, (decoder, stepper)
         self._shapes = shapes
         self._embedding = bundle.embedding
         self._image_token = bundle.tokenizer.image_token
@@ -88,19 +111,31 @@ class OnnxMLLM:
         # A graph may fix the length of its cache, or leave it to the host.
         cache = next(value for value in decoder.get_inputs() if value.name == "k_cache_0")
         self._static = isinstance(cache.shape[2], int)
-        image_start = len(bundle.tokenizer.before_image)
-        self._tables = make_tables(shapes.max_length, image_start, shapes.grid, bundle.rotary)
+        self._image_start, self._rotary = len(bundle.tokenizer.before_image), bundle.rotary
+        self._tables: dict[tuple[int, int], Tables] = {}
 
-    def encode_image(self, patches: Float32Array) -> Float32Array:
-        """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden]."""
-        features: Float32Array = self._vision.run(["image_features"], {"pixel_values": patches})[0]
+    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Float32Array:
+        """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden].
+
+        With DeepStack [1 + levels, image_tokens, hidden]: what is added after the first layers follows.
+        """
+        tower = self._towers.of(size or self._config.image_size)
+        levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
+        found = tower.run(["image_features", *levels], {"pixel_values": patches.astype(_floats_of(tower))})
+        features = np.asarray(np.stack(found) if levels else found[0], np.float32)
         return features
 
-    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> OnnxContext:
+    def open(
+        self,
+        max_length: int | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> OnnxContext:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on."""
-        length = self._cache_length(max_length)
+        length, tables = self._cache_length(max_length), self._tables_of(size or self._config.image_size)
         context = OnnxContext(
-            self._decoders, self._shapes, self._tables, self._embedding, self._image_token, length
+            self._decoders, self._shapes, tables, self._embedding, self._image_token, length
         )
         key = tuple(prefix)
         if not key:
@@ -113,6 +148,13 @@ class OnnxMLLM:
         else:
             context.restore(known, len(key))
         return context
+
+    def _tables_of(self, size: tuple[int, int]) -> Tables:
+        if size not in self._tables:
+            grid = self._config.grid_of(size)
+            tables = make_tables(self._shapes.max_length, self._image_start, grid, self._rotary)
+            self._tables = {**self._tables, size: tables}
+        return self._tables[size]
 
     def _cache_length(self, wanted: int | None) -> int:
         most = self._shapes.max_length
@@ -137,28 +179,33 @@ class OnnxContext:
         decoders: tuple[ort.InferenceSession, ort.InferenceSession],
         shapes: Shapes,
         tables: Tables,
-        embedding: Float32Array,
+        embedding: Float32Array | RowTable,
         image_token: int,
         length: int,
     ) -> None:
-        (self._decoder, self._stepper), self._tables = decoders, tables
+        self._decoder, self._stepper = decoders
         self._embedding, self._image_token = embedding, image_token
         self._capacity, self._length = length, 0
         half = shapes.head_dim // 2
         self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
         self._at, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self._embeds = np.zeros((length, shapes.hidden), np.float32)
+        floats = _floats_of(self._decoder)
+        self._cos, self._sin = tables.cos.astype(floats, copy=False), tables.sin.astype(floats, copy=False)
+        self._embeds = np.zeros((length, shapes.hidden), floats)
+        self._levels = np.zeros((shapes.deepstack, length, shapes.hidden), floats)
+        nothing = np.zeros((1, 1, shapes.hidden), floats)
         self._step = {
-            "inputs_embeds": np.zeros((1, 1, shapes.hidden), np.float32),
-            "rope_cos": np.zeros((1, 1, half), np.float32),
-            "rope_sin": np.zeros((1, 1, half), np.float32),
+            "inputs_embeds": np.zeros((1, 1, shapes.hidden), floats),
+            "rope_cos": np.zeros((1, 1, half), floats),
+            "rope_sin": np.zeros((1, 1, half), floats),
             "attn_mask": np.zeros((1, 1, 1, length), np.bool_),
             "logits_index": np.zeros(1, np.int64),
+            **{f"deepstack_{level}": nothing for level in range(shapes.deepstack)},
         }
         self._mask = tables.mask if length == len(tables.mask) else tables.mask[:length, :length].copy()
         # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
         self._cache = {
-            (kind, layer): np.zeros((1, shapes.kv_heads, length, shapes.head_dim), np.float32)
+            (kind, layer): np.zeros((1, shapes.kv_heads, length, shapes.head_dim), floats)
             for layer in range(shapes.layers)
             for kind in "kv"
         }
@@ -217,30 +264,39 @@ class OnnxContext:
         return self._logits[0, 0]
 
     def _run_single(self, token: int, start: int) -> None:
-        step, tables = self._step, self._tables
+        step = self._step
         step["inputs_embeds"][0, 0] = self._embedding[token]
-        step["rope_cos"][0, 0] = tables.cos[start]
-        step["rope_sin"][0, 0] = tables.sin[start]
+        step["rope_cos"][0, 0] = self._cos[start]
+        step["rope_sin"][0, 0] = self._sin[start]
         step["attn_mask"][0, 0, 0] = self._mask[start]
         self._stepper.run_with_iobinding(self._single)
 
     def _run_block(self, ids: npt.NDArray[np.int64], start: int, features: Float32Array | None) -> None:
-        count, tables, rows = len(ids), self._tables, slice(start, start + len(ids))
-        embeds = self._embeds[:count]
-        np.take(self._embedding, ids, axis=0, out=embeds)
+        count, rows = len(ids), slice(start, start + len(ids))
+        embeds, levels = self._embeds[:count], self._levels[:, :count]
+        embeds[:] = self._embedding[ids]
+        levels[:] = 0
         places = np.flatnonzero(ids == self._image_token)
-        held = 0 if features is None else len(features)
+        held = 0 if features is None else features.shape[-2]
         if len(places) != held:
             raise ValueError(f"{len(places)} image tokens, but features of {held}")
         if features is not None:
-            embeds[places] = features
+            embeds[places] = features if features.ndim == 2 else features[0]
+            levels[:, places] = features[1:] if features.ndim == 3 else 0
         self._last[0] = count - 1
         binding = self._block
         binding.bind_cpu_input("inputs_embeds", embeds[None])
-        binding.bind_cpu_input("rope_cos", tables.cos[None, rows])
-        binding.bind_cpu_input("rope_sin", tables.sin[None, rows])
+        binding.bind_cpu_input("rope_cos", self._cos[None, rows])
+        binding.bind_cpu_input("rope_sin", self._sin[None, rows])
+        for level, values in enumerate(levels):
+            binding.bind_cpu_input(f"deepstack_{level}", values[None])
         binding.bind_cpu_input("attn_mask", self._mask[None, None, rows])
         self._decoder.run_with_iobinding(binding)
+
+
+def _floats_of(session: ort.InferenceSession) -> Any:
+    """numpy's type of the graph's floating inputs."""
+    return np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
 
 
 class OnnxSegmenter:

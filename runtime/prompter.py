@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ppcr import images
+from ppcr.patches import image_patches, nearest_size
 from ppcr.prompts import MAX_TARGETS, SemanticPrompt, SpatialPrompt
 from runtime.bundle import Bundle
 from runtime.generation import Turn, generate
@@ -62,7 +63,12 @@ class Prompter:
     ) -> None:
         self._meanwhile = meanwhile
         self._bundle, self._tokenizer, self._mllm, self._image = bundle, bundle.tokenizer, mllm, image
-        self._prefix = bundle.tokenizer.prefix(bundle.manifest.shapes.image_tokens)
+        config = bundle.config.mllm
+        self._size = nearest_size((image.shape[0], image.shape[1]), config.sizes)
+        # An engine that knows one size alone need not be told which.
+        self._sized: dict[str, Any] = {"size": self._size} if len(config.sizes) > 1 else {}
+        rows, columns = config.grid_of(self._size)
+        self._prefix = bundle.tokenizer.prefix(rows * columns)
         self._before = len(bundle.tokenizer.before_image)
         self._features: Features | None = None
         self._context: Context | None = None
@@ -86,7 +92,7 @@ class Prompter:
             with watch.stage("spatial"):
                 first = turns[0] if turns else None
                 turns.append(self._second(context, request.ids, semantic, first))
-            spatial = self._tokenizer.spatial(turns[-1].tokens)
+            spatial = self._tokenizer.spatial(turns[-1].tokens, self._size)
         return Answer(semantic, spatial, _costs(turns))
 
     def _first(self, context: Context, ids: tuple[int, ...]) -> Turn:
@@ -111,10 +117,10 @@ class Prompter:
         """A context with room for both turns; the image's features are there."""
         if self._features is None:
             with watch.stage("vision"):
-                self._features = self._mllm.encode_image(self._patches())
+                self._features = self._mllm.encode_image(self._patches(), **self._sized)
         need = min(self._longest(request), self._bundle.manifest.shapes.max_length)
         if self._context is None or self._context.capacity < need:
-            self._context = self._mllm.open(need, prefix=self._prefix[: self._before])
+            self._context = self._mllm.open(need, prefix=self._prefix[: self._before], **self._sized)
         return self._context
 
     def _longest(self, request: Request) -> int:
@@ -132,10 +138,7 @@ class Prompter:
         return [*self._prefix[context.length :], *ids], None if holds else self._features
 
     def _patches(self) -> Float32Array:
-        config = self._bundle.config.mllm
-        small = images.resize(self._image, config.image_size)
-        pixels = images.normalise(small, config.mean, config.std)
-        return images.patchify(pixels, config.patch, config.merge, config.temporal)
+        return image_patches(self._image, self._size, self._bundle.config.mllm)
 
 
 def _costs(turns: list[Turn]) -> Costs:

@@ -55,12 +55,23 @@ class Context(Protocol):
 class MLLMSession(Protocol):
     """The prompt MLLM on an engine. May be shared by threads."""
 
-    def encode_image(self, patches: Float32Array) -> Features:
-        """Patches f32 [patches, patch_dim] (``ppcr.images.patchify``) to the features of one image."""
+    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Features:
+        """Patches f32 [patches, patch_dim] (``ppcr.images.patchify``) to the features of one image.
+
+        size: height and width in pixels, one of the bundle's; None: its first.
+        """
         ...
 
-    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> Context:
+    def open(
+        self,
+        max_length: int | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> Context:
         """A conversation that begins with ``prefix`` (text), with a KV cache of its own.
+
+        An image of ``size``, as `encode_image` has it, is to follow the prefix.
 
         The cache holds ``max_length`` tokens (default: the most) or more. What was computed for a prefix once
         may be copied for the conversations to come. Raises ValueError when that is too long or too short.

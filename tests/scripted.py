@@ -33,7 +33,10 @@ class ScriptedMLLM:
     def length(self) -> int:
         return len(self.read)
 
-    def encode_image(self, patches: npt.NDArray[np.float32]) -> Features:
+    def encode_image(
+        self, patches: npt.NDArray[np.float32], *, size: tuple[int, int] | None = None
+    ) -> Features:
+        assert size is None  # this bundle has one size alone
         assert patches.shape == (256, 384)
         self.images += 1
         return "features"
@@ -42,7 +45,13 @@ class ScriptedMLLM:
     def capacity(self) -> int:
         return 384
 
-    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> ScriptedMLLM:
+    def open(
+        self,
+        max_length: int | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> ScriptedMLLM:
         assert self.read == [] and max_length is not None
         self.read.extend(prefix)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -15,10 +16,13 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from benchmarks.random_model import MODELS, published_config
 from export.decoder_graph import DecoderSizes, write_decoder
+from export.vision_graph import VisionSizes
 from ppcr.errors import CheckpointError
+from ppcr.pretrained import RESOLUTIONS
 from ppcr.tensors import TensorFiles
-from tests.families import FAMILIES, Conversation, Small, Talk, save, two_turns, worst
+from tests.families import FAMILIES, PUBLISHED, Conversation, Small, Talk, save, two_turns, worst
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = (3, 5)
@@ -162,6 +166,25 @@ def test_pieces_join_to_the_whole(exported: Exported, monkeypatch: pytest.Monkey
     assert data[0] == data[1]
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.skipif(
+    not os.environ.get("PPCR_TRUE_WIDTH"), reason="set PPCR_TRUE_WIDTH=1; takes up to 8 GB and minutes"
+)
+def test_published_widths_at_two_layers(name: str, tmp_path: Path) -> None:
+    size = Small.published(name, vocabulary=4096)
+    model = size.build()
+    save(model, tmp_path, shard="1GB")
+    config = json.loads((tmp_path / "config.json").read_text())
+    sizes = write_decoder(config, TensorFiles(tmp_path), tmp_path / "fp32.onnx", external=True)
+    talk, said = Talk.open(tmp_path / "fp32.onnx", sizes), Conversation.random(size, 21, GRID)
+    fresh = talk.again()
+    fresh.look_at(said.image_start, GRID)
+    off = worst(fresh.extend(*said.embedded(model)), said.logits(model)[-1])
+    print(f"{name}: largest difference of logits {off:.1e} of the largest")
+    assert off <= 1e-4
+    two_turns(talk, model, said, (8, 6))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_wrong_shape_and_missing_shard_are_named(family: str, tmp_path: Path) -> None:
     save(Small(family, tied=False).build(), tmp_path)
@@ -208,6 +231,28 @@ def test_flat_config_of_the_hub_gives_the_same_sizes() -> None:
     flat = {**text, **config, "rope_theta": rope["rope_theta"]}
     flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
     assert DecoderSizes.from_config(flat) == DecoderSizes.from_config(Small("qwen2_5_vl").config().to_dict())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_published_sizes_are_read(name: str) -> None:
+    config = published_config(name)
+    sizes = DecoderSizes.from_config(config)
+    tower = VisionSizes.from_config(config, RESOLUTIONS[sizes.family][0])
+    assert sizes.head_dim == 128 and sum(sizes.mrope_section) == 64
+    assert tower.out == sizes.hidden and len(tower.deepstack) == sizes.deepstack
+    attention = 2 * sizes.hidden * (sizes.heads + sizes.kv_heads) * sizes.head_dim
+    block = (
+        4 * tower.hidden**2 + (3 if sizes.family == "qwen2_5_vl" else 2) * tower.hidden * tower.intermediate
+    )
+    parameters = (
+        sizes.layers * (attention + 3 * sizes.hidden * sizes.intermediate)
+        + (1 if sizes.tied else 2) * sizes.vocabulary * sizes.hidden
+        + tower.depth * block
+        + (1 + len(tower.deepstack)) * (tower.merged + tower.out) * tower.merged
+    )
+    # What the names promise, as the hub counts them.
+    billions = {"3B": 3.75, "7B": 8.29, "2B": 2.13, "4B": 4.44, "8B": 8.77}[name.partition("-")[2]]
+    assert abs(parameters / 1e9 - billions) < 0.03
 
 
 WRITE = """

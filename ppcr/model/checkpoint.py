@@ -6,11 +6,14 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
 
 from ppcr.errors import CheckpointError
+
+_FAMILIES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
 
 # Text fields that readers before transformers 5 look for at the top level of a Qwen2.5-VL configuration.
 _TOP_LEVEL = (
@@ -72,8 +75,8 @@ def save_mllm(
             os.replace(Path(beside) / name, folder / name)
 
 
-def load_mllm(folder: Path, *, attention: str = "sdpa") -> Qwen2_5_VLForConditionalGeneration:
-    """Read an MLLM directory as float32, ready for inference.
+def load_mllm(folder: Path, *, attention: str = "sdpa") -> Any:
+    """Read a Qwen2.5-VL or Qwen3-VL directory as float32, ready for inference.
 
     Raises:
         CheckpointError: the directory is missing, incomplete or of another architecture.
@@ -83,7 +86,8 @@ def load_mllm(folder: Path, *, attention: str = "sdpa") -> Qwen2_5_VLForConditio
             f"{folder} holds no config.json: point --checkpoint at a directory with mllm/ and segmenter/"
         )
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        family = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        model = _FAMILIES[family].from_pretrained(
             folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
         )
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, SafetensorError alike

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLForConditionalGeneration, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from ppcr import images, masks
 from ppcr.checkpoint import Checkpoint
@@ -28,8 +28,10 @@ from ppcr.errors import BundleError, CheckpointError
 from ppcr.framing import Framing
 from ppcr.model.checkpoint import load_mllm
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
-from ppcr.prompts import Conversation, SemanticPrompt, SpatialPrompt
+from ppcr.patches import image_patches, nearest_size
+from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from ppcr.tokenizer import PromptTokenizer
+from ppcr.zero_shot import tokenizer_of
 
 BoolMask = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
@@ -106,14 +108,11 @@ class ReferencePipeline:
         self,
         config: PPCRConfig,
         tokenizer: PromptTokenizer,
-        mllm: Qwen2_5_VLForConditionalGeneration,
+        mllm: Any,
         segmenter: AnySegmenter,
     ) -> None:
         self.config, self.tokenizer, self.mllm, self.segmenter = config, tokenizer, mllm, segmenter
         self.device = next(segmenter.parameters()).device
-        rows, columns = config.mllm.grid
-        merge = config.mllm.merge
-        self._grid = torch.tensor([[1, rows * merge, columns * merge]], device=self.device)
         # transformers 5 asks which tokens are the image's; 4.57 finds out by itself.
         self._takes_kinds = "mm_token_type_ids" in inspect.signature(mllm.forward).parameters
 
@@ -129,7 +128,7 @@ class ReferencePipeline:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = Checkpoint.open(checkpoint)
         try:
-            tokenizer = PromptTokenizer.load(checkpoint.tokenizer, Conversation(checkpoint.config.mllm.ruler))
+            tokenizer = tokenizer_of(checkpoint.config, checkpoint.tokenizer)
             segmenter = load_segmenter(checkpoint.segmenter)
         except (BundleError, OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read the checkpoint {checkpoint.root}: {error}") from None
@@ -143,21 +142,25 @@ class ReferencePipeline:
         Raises:
             ExpressionError: empty or too long.
         """
-        clock, tokenizer, size = _Clock(), self.tokenizer, self.config.mllm
-        question = tokenizer.expression(expression, max_tokens=size.max_expression_tokens)
+        clock, tokenizer, config = _Clock(), self.tokenizer, self.config.mllm
+        question = tokenizer.expression(expression, max_tokens=config.max_expression_tokens)
+        size = nearest_size((image.shape[0], image.shape[1]), config.sizes)
         framing = Framing.of((image.shape[0], image.shape[1]), self.config.segmenter)
         with clock.stage("image"):
-            patches, pixels = self._inputs(image, framing)
-        asked = [*tokenizer.prefix(size.image_tokens), *question]
+            patches, pixels = self._inputs(image, size, framing)
+        rows, columns = config.grid_of(size)
+        asked = [*tokenizer.prefix(rows * columns), *question]
         with clock.stage("semantic"):
-            semantic_ids = self.generate(asked, patches, tokenizer.semantic_constraint)
+            semantic_ids = self.generate(asked, patches, tokenizer.semantic_constraint, size=size)
         semantic = tokenizer.semantic(semantic_ids)
         if semantic.is_none:
             return _nothing(semantic_ids, semantic, image, self.segmenter.config.mask_size, clock.seconds)
         asked = [*asked, *semantic_ids, *tokenizer.between_stages]
         with clock.stage("spatial"):
-            spatial_ids = self.generate(asked, patches, tokenizer.spatial_constraint(semantic.count))
-        spatial = tokenizer.spatial(spatial_ids)
+            spatial_ids = self.generate(
+                asked, patches, tokenizer.spatial_constraint(semantic.count), size=size
+            )
+        spatial = tokenizer.spatial(spatial_ids, size)
         with clock.stage("encoder"):
             features = self.segmenter.encode(pixels)
         with clock.stage("decoder"):
@@ -167,11 +170,21 @@ class ReferencePipeline:
         ids = tuple(semantic_ids), tuple(spatial_ids)
         return ReferenceResult(*ids, semantic, spatial, logits, scores, instances, clock.seconds)
 
-    def generate(self, ids: Sequence[int], patches: Tensor, constraint: Constraint) -> list[int]:
+    def generate(
+        self,
+        ids: Sequence[int],
+        patches: Tensor,
+        constraint: Constraint,
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> list[int]:
         """The most likely answer to a whole conversation that ``constraint`` allows.
 
-        ids: every token so far; patches: f32 [patches, patch_dim] of the one image in them.
+        ids: every token so far; patches: f32 [patches, patch_dim] of the one image in them, ``size`` high and
+        wide (default: the configuration's ``image_size``).
         """
+        height, width = size or self.config.mllm.image_size
+        patch = self.config.mllm.patch
         prompt = torch.tensor([list(ids)], device=self.device)
         held = _Held(constraint, prompt.shape[1])
         extra = {}
@@ -181,7 +194,7 @@ class ReferencePipeline:
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             pixel_values=patches,
-            image_grid_thw=self._grid,
+            image_grid_thw=torch.tensor([[1, height // patch, width // patch]], device=self.device),
             max_new_tokens=constraint.max_tokens,
             do_sample=False,
             prefix_allowed_tokens_fn=held.allowed,
@@ -208,11 +221,11 @@ class ReferencePipeline:
         )
         return logits.cpu().numpy(), scores.cpu().numpy()
 
-    def _inputs(self, image: images.UInt8Image, framing: Framing) -> tuple[Tensor, Tensor]:
+    def _inputs(
+        self, image: images.UInt8Image, size: tuple[int, int], framing: Framing
+    ) -> tuple[Tensor, Tensor]:
         """Patches of the MLLM and pixels [1, 3, S, S] of the segmenter."""
-        m = self.config.mllm
-        pixels = images.normalise(images.resize(image, m.image_size), m.mean, m.std)
-        patches = images.patchify(pixels, m.patch, m.merge, m.temporal)
+        patches = image_patches(image, size, self.config.mllm)
         whole = framing.pixels(image)
         return torch.from_numpy(patches).to(self.device), torch.from_numpy(whole)[None].to(self.device)
 
