@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ppcr.errors import EngineError
 
-_INSTALL = "install it with: pip install '.[gpu]'"
+_INSTALL = "install it with: pip install '.[tensorrt]'"
 
 
 @dataclass(frozen=True)

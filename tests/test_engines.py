@@ -34,7 +34,7 @@ BUILDS_FOR = ("sm_80", "sm_89", "sm_120")
 
 @pytest.fixture(scope="session")
 def rtx() -> TensorRT:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[gpu]'")
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[tensorrt]'")
     library = tensorrt_library.find()
     if not library.is_rtx:
         pytest.skip(f"{library.title} comes first here, and builds for the GPU it runs on alone")
@@ -299,7 +299,7 @@ def test_no_library_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.M
             sys.modules.pop(name, None)
     told = {"absent": "is not installed", "stub": "stub without Builder", "broken": "libnvinfer.so.10"}[kind]
     assert str(caught.value).count(told) == 2
-    assert "pip install '.[gpu]'" in str(caught.value)
+    assert "pip install '.[tensorrt]'" in str(caught.value)
 
 
 def test_sets_of_engines_by_target() -> None:

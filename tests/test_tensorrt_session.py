@@ -335,7 +335,9 @@ def test_every_cuda_function_called_is_in_the_table() -> None:
 
 
 def test_table_is_that_of_the_installed_cuda_python() -> None:
-    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[gpu]'")
+    pytest.importorskip(
+        "cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[tensorrt]'"
+    )
     found, recorded = record_signatures.cuda(), table("cuda_python")
     assert {k: v for k, v in found.items() if k != "release"} == {
         k: v for k, v in recorded.items() if k != "release"
@@ -343,7 +345,9 @@ def test_table_is_that_of_the_installed_cuda_python() -> None:
 
 
 def test_table_is_that_of_the_installed_tensorrt() -> None:
-    module = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[gpu]'")
+    module = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[tensorrt]'"
+    )
     assert record_signatures.tensorrt(module)["methods"] == table("tensorrt_rtx")["methods"]
     for name in ("OLD_CUDA_DRIVER", "UNSUPPORTED_CC", "VERSION_MISMATCH", "MALFORMED_ENGINE"):
         assert name in module.EngineInvalidityDiagnostics.__members__
@@ -353,7 +357,7 @@ def test_table_is_that_of_the_installed_tensorrt() -> None:
 
 def test_real_bindings_say_that_there_is_no_gpu() -> None:
     runtime = pytest.importorskip(
-        "cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[gpu]'"
+        "cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[tensorrt]'"
     )
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU here")
@@ -362,7 +366,9 @@ def test_real_bindings_say_that_there_is_no_gpu() -> None:
 
 
 def test_real_library_refuses_a_damaged_engine() -> None:
-    module = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[gpu]'")
+    module = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[tensorrt]'"
+    )
     library = TensorRT(module, "tensorrt_rtx", module.__version__)
     runtime = library.create_runtime()
     digest = hashlib.sha256(b"not an engine").digest()
