@@ -137,7 +137,7 @@ def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path
     assert (tmp_path / "d.engine").stat().st_size == built.bytes
     folded = operators(bundle, "decoder")["MatMul"] - 1  # all but the head
     assert built.native.get("DEQUANTIZE", 0) == (0 if precision == "bf16" else folded)
-    # Two pieces hold the weights twice; folded ones stay folded on the GPU.
+    # Folded weights stay folded on the GPU, and both pieces share them; others each piece lays out for itself.
     whole = (
         2
         * 2
@@ -147,7 +147,7 @@ def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path
             if len(value.dims) == 2
         )
     )
-    share = {"bf16": (0.9, 1.1), "int8": (0.45, 0.7), "int4": (0.2, 0.5)}[precision]
+    share = {"bf16": (0.9, 1.1), "int8": (0.25, 0.4), "int4": (0.12, 0.25)}[precision]
     assert share[0] * whole < built.weight_bytes < share[1] * whole
 
 
@@ -197,6 +197,9 @@ def test_interrupted_build_leaves_the_bundle_as_it_was(
     assert "Traceback" not in error
     assert contents(copy) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    # A worker caught before its parent knew of it finds no job to read, and ends by itself.
+    while time.monotonic() < deadline and any(Path(f"/proc/{worker}").exists() for worker in workers):
+        time.sleep(0.1)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import gc
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -325,7 +326,9 @@ def test_every_cuda_function_called_is_in_the_table() -> None:
     named = {
         node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda")
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.match(r"cuda\w+$", node.value)
     }
     named |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith("cuda")}
     recorded = table("cuda_python")
