@@ -137,7 +137,7 @@ def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path
     assert (tmp_path / "d.engine").stat().st_size == built.bytes
     folded = operators(bundle, "decoder")["MatMul"] - 1  # all but the head
     assert built.native.get("DEQUANTIZE", 0) == (0 if precision == "bf16" else folded)
-    # Folded weights stay folded on the GPU, and both pieces share them; others each piece lays out for itself.
+    # Folded weights stay folded on the GPU, and both pieces share them; whole ones are there twice.
     whole = (
         2
         * 2
