@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from export.engine_job import Built, Job, Range
+from export.extend import held_files, link_files
 from export.typed_graph import require_precision
 from ppcr.errors import BundleError, EngineError
 from ppcr.files import atomic_directory, write_json
-from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, FileEntry, Manifest, Shapes, files_below
+from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, Manifest, Shapes
 from runtime import tensorrt_library
 from runtime.device import current_device
 from runtime.tensorrt_library import CURRENT, TensorRT
@@ -78,7 +78,7 @@ def add_engines(
     manifest = Manifest.load(bundle)
     manifest.verify(bundle, _source_precision(manifest, precision))
     with atomic_directory(bundle, marker=MANIFEST) as part:
-        _link(bundle, part)
+        link_files(bundle, part)
         folder = part / "engines" / target
         folder.mkdir(parents=True, exist_ok=True)
         built, entries = {}, []
@@ -93,8 +93,7 @@ def add_engines(
             progress(role)
         replaced = {(entry.target, entry.precision, entry.role) for entry in entries}
         kept = [e for e in manifest.engines if (e.target, e.precision, e.role) not in replaced]
-        files = {name: FileEntry.of(part / name) for name in files_below(part) if name != MANIFEST}
-        dataclasses.replace(manifest, files=files, engines=(*kept, *entries)).save(part)
+        dataclasses.replace(manifest, files=held_files(part), engines=(*kept, *entries)).save(part)
     return built
 
 
@@ -185,16 +184,6 @@ def _source_precision(manifest: Manifest, precision: str) -> str:
     if "fp32" not in manifest.precisions:
         raise BundleError(f"this bundle holds no fp32 graphs to compile at {precision}: {REBUILD}")
     return "fp32"
-
-
-def _link(bundle: Path, part: Path) -> None:
-    for name in files_below(bundle):
-        place = part / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(bundle / name, place)
-        except OSError:  # a file system without links
-            shutil.copyfile(bundle / name, place)
 
 
 def _entry(

@@ -121,7 +121,7 @@ class PinnedArray:
         self.address = int(call("cudaMallocHost", count * kind.itemsize))
         view = (ctypes.c_byte * (count * kind.itemsize)).from_address(self.address)
         weakref.finalize(view, bindings().cudaFreeHost, self.address)
-        self.array: npt.NDArray[Any] = np.frombuffer(view, kind, count).reshape(shape)
+        self.array: npt.NDArray[Any] = np.frombuffer(memoryview(view), kind, count).reshape(shape)
         self.array[...] = 0
 
 

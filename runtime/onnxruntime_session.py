@@ -38,6 +38,12 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], stepper, bundle), segmenter)
 
 
+def load_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
+    """The segmenter alone, for engines that run only the MLLM. Raises as `load` does."""
+    graphs = (_open(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
+    return OnnxSegmenter(*graphs)
+
+
 def _open(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
