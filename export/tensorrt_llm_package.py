@@ -1,9 +1,9 @@
 """A TensorRT-LLM package in a bundle: ``python export/tensorrt_llm_package.py [--output DIR]``.
 
-Writes ``tensorrt_llm/`` into the bundle: ``model/``, the checkpoint's own Hugging Face directory with the image
-processor that cuts images as this project does; ``llm_args.yaml``, the arguments of the LLM API; and README.md
-with the command that serves it. TensorRT-LLM has no engine files any more: it loads that directory. Exit codes:
-`ppcr.errors`.
+Writes ``tensorrt_llm/`` into the bundle: ``model/``, the checkpoint's own Hugging Face directory with the
+image processor that cuts images as this project does; ``llm_args.yaml``, the arguments of the LLM API; and
+README.md with the command that serves it. TensorRT-LLM has no engine files any more: it loads that directory.
+Exit codes: `ppcr.errors`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def llm_arguments(config: MLLMConfig) -> dict[str, Any]:
 
 
 def with_template(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json whose chat template undoes the line break that the server puts behind an image."""
+    """tokenizer_config.json whose chat template undoes the line break the server puts behind an image."""
     shown = f"{VISION_START}{IMAGE_PAD}{VISION_END}"
     before = "message.content is string %}{{ message.content }}"
     after = f"message.content is string %}}{{{{ message.content | replace('{shown}\\n', '{shown}') }}}}"
