@@ -165,6 +165,8 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
         )
     Path(job.engine).write_bytes(memoryview(engine))
     if timings is not None and job.timings:
+        # A new file: the old one may be linked to that of another bundle.
+        Path(job.timings).unlink(missing_ok=True)
         Path(job.timings).write_bytes(memoryview(config.get_timing_cache().serialize()))
     types = Counter(str(network.get_layer(i).type).rpartition(".")[2] for i in range(network.num_layers))
     return Built(

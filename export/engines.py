@@ -28,6 +28,7 @@ from runtime.tensorrt_library import CURRENT, TensorRT
 
 MAX_PROMPTS = 64
 """Prompts that one run of a mask decoder engine takes; a session runs more of them in turns."""
+_TIMINGS = "timings.cache"
 _USUAL_PROMPTS, _USUAL_TEXT, _USUAL_BLOCK = 4, 16, 64
 _FEATURES = ("image_features", "high_res_0", "high_res_1")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -81,11 +82,12 @@ def add_engines(
         link_files(bundle, part)
         folder = part / "engines" / target
         folder.mkdir(parents=True, exist_ok=True)
-        built, entries = {}, []
+        built, entries, written = {}, [], {f"engines/{target}/{_TIMINGS}"}
         for role in ROLES:
             name = f"engines/{target}/{role}.{precision}"
-            for suffix in (".engine", ".layers.json"):
-                (part / f"{name}{suffix}").unlink(missing_ok=True)
+            for made in (f"{name}.engine", f"{name}.layers.json"):
+                (part / made).unlink(missing_ok=True)  # not to write into the old bundle through the link
+                written.add(made)
             job = make_job(manifest, part, role, target, precision, f"{name}.engine", options)
             built[role] = run(job, lambda told, role=role: progress(f"{role} {target}: {told}"))
             write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
@@ -93,7 +95,8 @@ def add_engines(
             progress(role)
         replaced = {(entry.target, entry.precision, entry.role) for entry in entries}
         kept = [e for e in manifest.engines if (e.target, e.precision, e.role) not in replaced]
-        dataclasses.replace(manifest, files=held_files(part), engines=(*kept, *entries)).save(part)
+        files = held_files(part, manifest, written)
+        dataclasses.replace(manifest, files=files, engines=(*kept, *entries)).save(part)
     return built
 
 
@@ -124,7 +127,7 @@ def make_job(
         fixed={"L": manifest.shapes.max_length} if role == "decoder" and not typed else {},
         profiles=profiles(role, manifest.shapes),
         options=tuple(options),
-        timings=str((root / "engines" / target / "timings.cache").absolute()),
+        timings=str((root / "engines" / target / _TIMINGS).absolute()),
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
-from ppcr.manifest import MANIFEST, FileEntry, files_below
+from ppcr.manifest import MANIFEST, FileEntry, Manifest, files_below
 
 
 def link_files(bundle: Path, part: Path) -> None:
@@ -20,6 +21,11 @@ def link_files(bundle: Path, part: Path) -> None:
             shutil.copyfile(bundle / name, place)
 
 
-def held_files(part: Path) -> dict[str, FileEntry]:
-    """The manifest's entry of every file in ``part`` but the manifest itself."""
-    return {name: FileEntry.of(part / name) for name in files_below(part) if name != MANIFEST}
+def held_files(part: Path, manifest: Manifest, written: Collection[str]) -> dict[str, FileEntry]:
+    """The entry of every file in ``part``: new for those ``written``, else as ``manifest`` has it.
+
+    Files that were only linked keep their entry: one that had changed before is still found out afterwards.
+    """
+    names = [name for name in files_below(part) if name != MANIFEST]
+    fresh = {name for name in names if name in written or name not in manifest.files}
+    return {name: FileEntry.of(part / name) if name in fresh else manifest.files[name] for name in names}

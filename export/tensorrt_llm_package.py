@@ -26,7 +26,7 @@ from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.config import MLLMConfig
 from ppcr.errors import BundleError, CheckpointError, CommandParser, run_cli
 from ppcr.files import atomic_directory, write_json, write_text
-from ppcr.manifest import MANIFEST, REBUILD, Manifest
+from ppcr.manifest import MANIFEST, REBUILD, Manifest, files_below
 from ppcr.prompts import IMAGE_PAD, VISION_END, VISION_START
 
 FOLDER = "tensorrt_llm"
@@ -74,7 +74,8 @@ def add_package(checkpoint: Checkpoint, bundle: Path) -> None:
         link_files(bundle, part)
         shutil.rmtree(part / FOLDER, ignore_errors=True)
         write_package(checkpoint, part / FOLDER)
-        dataclasses.replace(manifest, files=held_files(part)).save(part)
+        written = {name for name in files_below(part) if name.startswith(f"{FOLDER}/")}
+        dataclasses.replace(manifest, files=held_files(part, manifest, written)).save(part)
 
 
 def write_package(checkpoint: Checkpoint, folder: Path) -> None:

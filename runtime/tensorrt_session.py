@@ -155,8 +155,9 @@ class Slot:
         self._shapes, self._tables, self._stream = shapes, tables, stream
         self.logits = PinnedArray((1, 1, shapes.vocabulary), np.float32)
         self._answer = decoder.memory("logits")
+        # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
         self.caches = {
-            f"{kind}_cache{{}}_{layer}": decoder.memory(f"{kind}_cache_{layer}")
+            f"{kind}_cache{{}}_{layer}": decoder.memory(f"{kind}_cache_{layer}", zeroed=True)
             for layer in range(shapes.layers)
             for kind in "kv"
         }

@@ -5,6 +5,7 @@ Building needs tensorrt_rtx, which compiles for GPUs that are not there. Nothing
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ import onnx
 import pytest
 
 from export import engines
-from export.build_engines import TARGETS, main
+from export.build_engines import main
 from export.engine_job import Built, Kernel
+from export.extend import held_files, link_files
 from ppcr.errors import BundleError, EngineError, UsageError
 from ppcr.manifest import ROLES, EngineEntry, Manifest
 from runtime import tensorrt_library
@@ -269,7 +271,6 @@ def test_tensorrt_builds_for_the_gpu_that_is_there() -> None:
     with pytest.raises(UsageError, match="there is none here"):
         tensorrt.require_target("sm_89", None)
     tensorrt.require_option("version-compatible")
-    assert {t for t in TARGETS if t != "current"} == set(tensorrt_library.TARGETS)
 
 
 def test_versions_that_load() -> None:
@@ -318,3 +319,20 @@ def test_sets_of_engines_by_target() -> None:
     for target, precision in (("sm_80", None), ("sm_120", None), ("sm_89", "bf16")):
         with pytest.raises(BundleError, match=f"build_engines.py --target {target}"):
             find(manifest, target, precision)  # type: ignore[arg-type]
+
+
+def test_files_that_were_only_linked_keep_their_entry(bundle: Path, tmp_path: Path) -> None:
+    # Else a file that changed behind the manifest's back would be taken for good with the next engines.
+    copy, part = Path(shutil.copytree(bundle, tmp_path / "tiny")), tmp_path / "part"
+    manifest = Manifest.load(copy)
+    graph = manifest.paths("fp32")["vision"]
+    (copy / graph).write_bytes(b"changed")
+    link_files(copy, part)
+    (part / "engines").mkdir()
+    (part / "engines" / "new.engine").write_bytes(b"engine")
+    files = held_files(part, manifest, {"engines/new.engine"})
+    assert files[graph] == manifest.files[graph]
+    assert set(files) == {*manifest.files, "engines/new.engine"}
+    assert files["engines/new.engine"].bytes == 6
+    with pytest.raises(BundleError, match="is not the file"):
+        dataclasses.replace(manifest, files=files).verify(part)

@@ -238,6 +238,7 @@ def refused(compiled: Path, tmp_path: Path, **changes: Any) -> str:
         ({"version": "1.6.0"}, "compiled by tensorrt_rtx 1.6.0, here is tensorrt_rtx 1.7.1.116"),
         ({"flavour": "tensorrt", "version": "10.16"}, "compiled by tensorrt 10.16"),
         ({"onnx_sha256": "0" * 64}, "is not the graph that"),
+        ({"options": ("strip-weights",)}, "holds no weights"),
         ({"bytes_on_gpu": 1 << 40}, "are free"),
     ],
 )
