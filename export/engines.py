@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from export.engine_job import Built, Job, Range
@@ -89,7 +90,7 @@ def add_engines(
                 (part / made).unlink(missing_ok=True)  # not to write into the old bundle through the link
                 written.add(made)
             job = make_job(manifest, part, role, target, precision, f"{name}.engine", options)
-            built[role] = run(job, lambda told, role=role: progress(f"{role} {target}: {told}"))
+            built[role] = run(job, partial(_tell, progress, f"{role} {target}: "))
             write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
             entries.append(_entry(manifest, part, job, built[role], role, precision, options))
             progress(role)
@@ -178,6 +179,10 @@ def run(job: Job, progress: Progress) -> Built:
         last = said.read().strip().splitlines()[-1:]
     told = answer.get("error") or f"the build ended with exit code {process.returncode}"
     raise EngineError(str(told) if "error" in answer or not last else f"{told}: {last[0]}")
+
+
+def _tell(progress: Progress, head: str, step: str) -> None:
+    progress(head + step)
 
 
 def _source_precision(manifest: Manifest, precision: str) -> str:

@@ -32,16 +32,25 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
     plan = share_threads(threads, bundle.graphs["decoder"].stat().st_size)
-    opened = {role: _open(path, getattr(plan, role)) for role, path in bundle.graphs.items()}
-    stepper = opened["decoder"] if plan.step == plan.decoder else _open(bundle.graphs["decoder"], plan.step)
-    segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
-    return Sessions(OnnxMLLM(opened["vision"], opened["decoder"], stepper, bundle), segmenter)
+    vision, encoder, drawer = (
+        _open(bundle.graphs[role], getattr(plan, role))
+        for role in ("vision", "image_encoder", "mask_decoder")
+    )
+    mllm = OnnxMLLM(vision, load_decoder(bundle, threads=threads), bundle)
+    return Sessions(mllm, OnnxSegmenter(encoder, drawer))
 
 
 def load_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
     """The segmenter alone, for engines that run only the MLLM. Raises as `load` does."""
     graphs = (_open(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
     return OnnxSegmenter(*graphs)
+
+
+def load_decoder(bundle: Bundle, *, threads: int) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """The decoder for blocks and for single tokens (may be one), alone. Raises as `load` does."""
+    plan = share_threads(threads, bundle.graphs["decoder"].stat().st_size)
+    decoder = _open(bundle.graphs["decoder"], plan.decoder)
+    return decoder, decoder if plan.step == plan.decoder else _open(bundle.graphs["decoder"], plan.step)
 
 
 def _open(path: Path, threads: int) -> ort.InferenceSession:
@@ -65,13 +74,15 @@ def _open(path: Path, threads: int) -> ort.InferenceSession:
 
 
 class OnnxMLLM:
-    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently."""
+    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently.
+
+    Without ``vision`` it encodes no image: a subclass does, on another engine.
+    """
 
     def __init__(
         self,
-        vision: ort.InferenceSession,
-        decoder: ort.InferenceSession,
-        stepper: ort.InferenceSession,
+        vision: ort.InferenceSession | None,
+        decoders: tuple[ort.InferenceSession, ort.InferenceSession],
         bundle: Bundle,
     ) -> None:
         shapes = bundle.manifest.shapes
@@ -79,19 +90,20 @@ class OnnxMLLM:
             raise BundleError(
                 f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}"
             )
-        self._vision, self._decoders = vision, (decoder, stepper)
+        self._vision, self._decoders = vision, decoders
         self._shapes = shapes
         self._embedding = bundle.embedding
         self._image_token = bundle.tokenizer.image_token
         self._prefixes: dict[tuple[int, ...], Snapshot] = {}
         # A graph may fix the length of its cache, or leave it to the host.
-        cache = next(value for value in decoder.get_inputs() if value.name == "k_cache_0")
+        cache = next(value for value in decoders[0].get_inputs() if value.name == "k_cache_0")
         self._static = isinstance(cache.shape[2], int)
         image_start = len(bundle.tokenizer.before_image)
         self._tables = make_tables(shapes.max_length, image_start, shapes.grid, bundle.rotary)
 
     def encode_image(self, patches: Float32Array) -> Float32Array:
         """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden]."""
+        assert self._vision is not None
         features: Float32Array = self._vision.run(["image_features"], {"pixel_values": patches})[0]
         return features
 

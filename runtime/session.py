@@ -125,6 +125,7 @@ class Sessions:
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.onnxruntime_session",
+    "openvino": "runtime.openvino_session",
     "tensorrt": "runtime.tensorrt_session",
     "tensorrt_llm": "runtime.tensorrt_llm_session",
 }

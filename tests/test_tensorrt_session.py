@@ -186,10 +186,11 @@ def test_three_streams(loaded: tuple[Bundle, Sessions], cuda: FakeCuda, trt: Fak
     bundle, sessions = loaded
     shapes = bundle.manifest.shapes
     prefix, _, patches = conversation(bundle, seed=3)
-    cuda.calls.clear(), trt.runs.clear()
+    trt.runs.clear()
     sessions.mllm.encode_image(patches)
     mllm = set(trt.runs)
-    trt.runs.clear(), cuda.calls.clear()
+    trt.runs.clear()
+    cuda.calls.clear()
     sessions.segmenter.encode(np.zeros((3, *shapes.image_size), np.float32))
     segmenter = set(trt.runs)
     copies = {arguments[4] for name, arguments in cuda.calls if name == "cudaMemcpyAsync"}
