@@ -28,7 +28,10 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         for role in ("vision", "image_encoder", "mask_decoder")
     }
     mllm = OpenVinoMLLM(compiled["vision"], bundle, threads=threads)
-    return Sessions(mllm, OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"]))
+    segmenter = OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"])
+    # An int8 bundle stays called so, though what it leaves in floating point may run in bf16.
+    told = precision(core).replace("f32", "fp32")
+    return Sessions(mllm, segmenter, precision=told if bundle.precision == "fp32" else bundle.precision)
 
 
 def _compile(core: ov.Core, path: Path, threads: int) -> ov.CompiledModel:

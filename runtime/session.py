@@ -117,10 +117,15 @@ class SegmenterSession(Protocol):
 
 @dataclass(frozen=True)
 class Sessions:
-    """Both models of a bundle on one engine."""
+    """Both models of a bundle on one engine.
+
+    Attributes:
+        precision: what the engine computes in; "": that of the bundle's graphs.
+    """
 
     mllm: MLLMSession
     segmenter: SegmenterSession
+    precision: str = ""
 
 
 BACKENDS: dict[str, str] = {

@@ -56,7 +56,7 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     segmenter = TensorRTSegmenter(engines["image_encoder"], engines["mask_decoder"])
     for engine in engines.values():
         engine.save_kernels()
-    return Sessions(mllm, segmenter)
+    return Sessions(mllm, segmenter, precision=entries["decoder"].precision)
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,7 @@ def test_pipeline_gives_the_masks_of_onnxruntime(bundle: Path, samples: Path) ->
         assert one.semantic == other.semantic
         assert masks.iou(one.mask, other.mask) > 0.95
         assert other.engine["engine"] == "openvino"
+        assert other.engine["precision"] in ("bf16", "fp32")
 
 
 def test_features_of_two_images_do_not_share_memory(loaded: Bundle) -> None:

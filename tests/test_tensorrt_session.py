@@ -120,6 +120,7 @@ def test_pipeline_gives_the_masks_of_onnxruntime(loaded: tuple[Bundle, Sessions]
     image = samples / "scene_0.png"
     ours = Pipeline(bundle, sessions, threads=1, engine="tensorrt").open(image)
     theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1).open(image)
+    assert sessions.precision == "fp16"
     for expression in ("all red spheres behind the green cube", EXPRESSION):
         one, other = ours.segment(expression), theirs.segment(expression)
         assert one.semantic == other.semantic
