@@ -25,7 +25,7 @@ from runtime.tensorrt_library import CURRENT, OPTIONS, TARGETS
 
 if TYPE_CHECKING:
     from export.bundle import BundleWriter
-    from export.engine_job import Built
+    from export.engine_layers import Built
     from export.parity import Progress
 
 DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")

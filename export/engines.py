@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from export.engine_job import Built, Job, Range
+from export.engine_job import Job, Range
+from export.engine_layers import Built
 from export.extend import held_files, link_files
 from export.typed_graph import require_precision
 from ppcr.errors import BundleError, EngineError

@@ -23,7 +23,7 @@ import pytest
 
 from export import engines
 from export.build_engines import main
-from export.engine_job import Built, Kernel
+from export.engine_layers import Built, Kernel
 from export.extend import held_files, link_files
 from ppcr.errors import BundleError, EngineError, UsageError
 from ppcr.manifest import ROLES, EngineEntry, Manifest
