@@ -134,9 +134,9 @@ def ours(folder: Path, threads: int) -> list[Contestant]:
 
 
 def _of_bundle(bundle: Bundle, threads: int) -> Contestant:
-    from runtime.onnxruntime_session import open_segmenter
+    from runtime.onnxruntime_session import load_segmenter
 
-    session, width = open_segmenter(bundle, threads=threads), bundle.embedding.shape[1]
+    session, width = load_segmenter(bundle, threads=threads), bundle.embedding.shape[1]
 
     def draw(features: Any, box: Float32Array, framing: Framing) -> BoolMask:
         point = ((box[:2] + box[2:]) / 2).astype(np.float32)

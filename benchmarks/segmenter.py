@@ -157,9 +157,9 @@ def torch_system(checkpoint: Path, config: PPCRConfig, threads: int) -> System:
 
 def engine(bundle: Bundle, threads: int) -> System:
     """A bundle's segmenter on onnxruntime."""
-    from runtime.onnxruntime_session import open_segmenter
+    from runtime.onnxruntime_session import load_segmenter
 
-    session = open_segmenter(bundle, threads=threads)
+    session = load_segmenter(bundle, threads=threads)
     return System(
         bundle.precision, session.encode, lambda features, given: session.decode(features, given)[0]
     )

@@ -22,10 +22,11 @@ from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.errors import BundleError, CommandParser, UsageError, run_cli
 from ppcr.files import atomic_directory
 from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
+from runtime.tensorrt_library import CURRENT, OPTIONS, TARGETS
 
 if TYPE_CHECKING:
     from export.bundle import BundleWriter
-    from export.engine_job import Built
+    from export.engine_layers import Built
     from export.parity import Progress
 
 DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
@@ -33,8 +34,6 @@ PRECISIONS = ("fp32", "int8")
 PRETRAINED_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 PRETRAINED_DEFAULT = ("int4", "int8")
 PARITY_SCENES, PRETRAINED_SCENES = 128, 2
-TARGETS = ("current", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
-ENGINE_OPTIONS = ("version-compatible", "strip-weights", "weight-streaming")
 _ENGINE_PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
 
 
@@ -67,9 +66,11 @@ def parser() -> argparse.ArgumentParser:
         f"{', '.join(PRETRAINED_DEFAULT)}); with --target one of {', '.join(_ENGINE_PRECISIONS)} (default: fp16)",
     )
     out.add_argument(
-        "--target", choices=TARGETS, help="compile the bundle's graphs to TensorRT engines for this GPU"
+        "--target",
+        choices=(CURRENT, *TARGETS),
+        help="compile the bundle's graphs to TensorRT engines for this GPU",
     )
-    for option in ENGINE_OPTIONS:
+    for option in OPTIONS:
         out.add_argument(f"--{option}", action="store_true", help=f"with --target: {_HELP[option]}")
     out.add_argument(
         "--parity-scenes",
@@ -96,7 +97,7 @@ def _main(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
     if options.target:
         return _engines(options)
-    chosen = [option for option in ENGINE_OPTIONS if getattr(options, option.replace("-", "_"))]
+    chosen = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
     if chosen:
         raise UsageError(f"--{chosen[0]} goes with --target (--help shows the options)")
     return _bundle(options)
@@ -122,7 +123,7 @@ def _engines(options: argparse.Namespace) -> int:
     names = options.precision or ("fp16",)
     if len(names) > 1:
         raise UsageError("engines are built at one precision a time: give --precision one name")
-    extras = [option for option in ENGINE_OPTIONS if getattr(options, option.replace("-", "_"))]
+    extras = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
     library, target = choose(options.target, names[0], extras)
     if not (options.output / MANIFEST).is_file():
         options.precision = None

@@ -10,24 +10,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from export.engine_job import Built, Job, Range
+from export.engine_job import Job, Range
+from export.engine_layers import Built
+from export.extend import held_files, link_files
 from export.typed_graph import require_precision
 from ppcr.errors import BundleError, EngineError
 from ppcr.files import atomic_directory, write_json
-from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, FileEntry, Manifest, Shapes, files_below
+from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, Manifest, Shapes
 from runtime import tensorrt_library
 from runtime.device import current_device
 from runtime.tensorrt_library import CURRENT, TensorRT
 
 MAX_PROMPTS = 64
 """Prompts that one run of a mask decoder engine takes; a session runs more of them in turns."""
+_TIMINGS = "timings.cache"
 _USUAL_PROMPTS, _USUAL_TEXT, _USUAL_BLOCK = 4, 16, 64
 _FEATURES = ("image_features", "high_res_0", "high_res_1")
 _ROOT = Path(__file__).resolve().parents[1]
@@ -78,22 +81,23 @@ def add_engines(
     manifest = Manifest.load(bundle)
     manifest.verify(bundle, _source_precision(manifest, precision))
     with atomic_directory(bundle, marker=MANIFEST) as part:
-        _link(bundle, part)
+        link_files(bundle, part)
         folder = part / "engines" / target
         folder.mkdir(parents=True, exist_ok=True)
-        built, entries = {}, []
+        built, entries, written = {}, [], {f"engines/{target}/{_TIMINGS}"}
         for role in ROLES:
             name = f"engines/{target}/{role}.{precision}"
-            for suffix in (".engine", ".layers.json"):
-                (part / f"{name}{suffix}").unlink(missing_ok=True)
+            for made in (f"{name}.engine", f"{name}.layers.json"):
+                (part / made).unlink(missing_ok=True)  # not to write into the old bundle through the link
+                written.add(made)
             job = make_job(manifest, part, role, target, precision, f"{name}.engine", options)
-            built[role] = run(job, lambda told, role=role: progress(f"{role} {target}: {told}"))
+            built[role] = run(job, partial(_tell, progress, f"{role} {target}: "))
             write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
             entries.append(_entry(manifest, part, job, built[role], role, precision, options))
             progress(role)
         replaced = {(entry.target, entry.precision, entry.role) for entry in entries}
         kept = [e for e in manifest.engines if (e.target, e.precision, e.role) not in replaced]
-        files = {name: FileEntry.of(part / name) for name in files_below(part) if name != MANIFEST}
+        files = held_files(part, manifest, written)
         dataclasses.replace(manifest, files=files, engines=(*kept, *entries)).save(part)
     return built
 
@@ -125,7 +129,7 @@ def make_job(
         fixed={"L": manifest.shapes.max_length} if role == "decoder" and not typed else {},
         profiles=profiles(role, manifest.shapes),
         options=tuple(options),
-        timings=str((root / "engines" / target / "timings.cache").absolute()),
+        timings=str((root / "engines" / target / _TIMINGS).absolute()),
     )
 
 
@@ -178,6 +182,10 @@ def run(job: Job, progress: Progress) -> Built:
     raise EngineError(str(told) if "error" in answer or not last else f"{told}: {last[0]}")
 
 
+def _tell(progress: Progress, head: str, step: str) -> None:
+    progress(head + step)
+
+
 def _source_precision(manifest: Manifest, precision: str) -> str:
     """The bundle's own graphs at ``precision`` if it has them typed already, else those in fp32."""
     if precision in manifest.precisions and precision != "int8":  # the bundle's int8 is a CPU's
@@ -185,16 +193,6 @@ def _source_precision(manifest: Manifest, precision: str) -> str:
     if "fp32" not in manifest.precisions:
         raise BundleError(f"this bundle holds no fp32 graphs to compile at {precision}: {REBUILD}")
     return "fp32"
-
-
-def _link(bundle: Path, part: Path) -> None:
-    for name in files_below(bundle):
-        place = part / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(bundle / name, place)
-        except OSError:  # a file system without links
-            shutil.copyfile(bundle / name, place)
 
 
 def _entry(

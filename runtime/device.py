@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ppcr.errors import EngineError
 
-_INSTALL = "install it with: pip install '.[gpu]'"
+_INSTALL = "install it with: pip install '.[tensorrt]'"
 
 
 @dataclass(frozen=True)
@@ -88,20 +88,20 @@ def current_device() -> Device:
 
 
 class DeviceMemory:
-    """``size`` bytes on the GPU, zeroed, freed with the object."""
+    """``size`` bytes on the GPU, zeros if ``zeroed``, freed with the object."""
 
     address = 0
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, zeroed: bool = False) -> None:
         self.size = size
         try:
             self.address = int(call("cudaMalloc", size))
         except EngineError as error:
             raise EngineError(f"{error} ({size / 1e6:.1f} MB were asked for)") from None
-        # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
-        call("cudaMemset", self.address, 0, size)
-        # Streams that do not block each other do not wait for the default one either.
-        call("cudaDeviceSynchronize")
+        if zeroed:
+            call("cudaMemset", self.address, 0, size)
+            # Streams that do not block each other do not wait for the default one either.
+            call("cudaDeviceSynchronize")
 
     def __del__(self) -> None:
         if self.address:
@@ -121,7 +121,7 @@ class PinnedArray:
         self.address = int(call("cudaMallocHost", count * kind.itemsize))
         view = (ctypes.c_byte * (count * kind.itemsize)).from_address(self.address)
         weakref.finalize(view, bindings().cudaFreeHost, self.address)
-        self.array: npt.NDArray[Any] = np.frombuffer(view, kind, count).reshape(shape)
+        self.array: npt.NDArray[Any] = np.frombuffer(memoryview(view), kind, count).reshape(shape)
         self.array[...] = 0
 
 

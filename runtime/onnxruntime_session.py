@@ -12,12 +12,12 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ppcr.errors import BundleError, EngineError
-from ppcr.manifest import REBUILD, ROLES, WEIGHTS, Shapes, vision_role
+from ppcr.manifest import REBUILD, WEIGHTS, Shapes, vision_role
 from ppcr.tensors import RowTable
 from runtime.bundle import Bundle
 from runtime.positions import Tables, make_tables
 from runtime.session import Float32Array, Prompts, Sessions
-from runtime.threads import share_threads
+from runtime.threads import Threads, share_threads
 
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, "ort.OrtValue"]
@@ -35,21 +35,31 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         BundleError: a graph cannot be read, or does not take what this runtime feeds.
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
-    weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
-    plan = share_threads(threads, sum(path.stat().st_size for path in weights))
-    opened = {role: open_graph(bundle.graphs[role], getattr(plan, role)) for role in ROLES}
-    stepper = (
-        opened["decoder"] if plan.step == plan.decoder else open_graph(bundle.graphs["decoder"], plan.step)
+    plan = _plan(bundle, threads)
+    vision, encoder, drawer = (
+        open_graph(bundle.graphs[role], getattr(plan, role))
+        for role in ("vision", "image_encoder", "mask_decoder")
     )
-    segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
-    towers = _Towers(opened["vision"], bundle, plan.vision)
-    return Sessions(OnnxMLLM(towers, opened["decoder"], stepper, bundle), segmenter)
+    mllm = OnnxMLLM(_Towers(vision, bundle, plan.vision), load_decoder(bundle, threads=threads), bundle)
+    return Sessions(mllm, OnnxSegmenter(encoder, drawer))
 
 
-def open_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
-    """The segmenter alone. Raises BundleError and EngineError as `load` does."""
-    encoder, decoder = (open_graph(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
-    return OnnxSegmenter(encoder, decoder)
+def load_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
+    """The segmenter alone. Raises as `load` does."""
+    graphs = (open_graph(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
+    return OnnxSegmenter(*graphs)
+
+
+def load_decoder(bundle: Bundle, *, threads: int) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """The decoder for blocks and for single tokens (may be one), alone. Raises as `load` does."""
+    plan, path = _plan(bundle, threads), bundle.graphs["decoder"]
+    decoder = open_graph(path, plan.decoder)
+    return decoder, decoder if plan.step == plan.decoder else open_graph(path, plan.step)
+
+
+def _plan(bundle: Bundle, threads: int) -> Threads:
+    weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
+    return share_threads(threads, sum(path.stat().st_size for path in weights))
 
 
 def open_graph(path: Path, threads: int) -> ort.InferenceSession:
@@ -93,23 +103,25 @@ class _Towers:
 
 
 class OnnxMLLM:
-    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently."""
+    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently.
+
+    Without ``towers`` it encodes no image: a subclass does, on another engine.
+    """
 
     def __init__(
         self,
-        towers: _Towers,
-        decoder: ort.InferenceSession,
-        stepper: ort.InferenceSession,
+        towers: _Towers | None,
+        decoders: tuple[ort.InferenceSession, ort.InferenceSession],
         bundle: Bundle,
     ) -> None:
         shapes, self._config = bundle.manifest.shapes, bundle.config.mllm
-        self._towers, self._decoders = towers, (decoder, stepper)
+        self._towers, self._decoders = towers, decoders
         self._shapes = shapes
         self._embedding = bundle.embedding
         self._image_token = bundle.tokenizer.image_token
         self._prefixes: dict[tuple[int, ...], Snapshot] = {}
         # A graph may fix the length of its cache, or leave it to the host.
-        cache = next(value for value in decoder.get_inputs() if value.name == "k_cache_0")
+        cache = next(value for value in decoders[0].get_inputs() if value.name == "k_cache_0")
         self._static = isinstance(cache.shape[2], int)
         self._image_start, self._rotary = len(bundle.tokenizer.before_image), bundle.rotary
         self._tables: dict[tuple[int, int], Tables] = {}
@@ -119,6 +131,7 @@ class OnnxMLLM:
 
         With DeepStack [1 + levels, image_tokens, hidden]: what is added after the first layers follows.
         """
+        assert self._towers is not None
         tower = self._towers.of(size or self._config.image_size)
         levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
         found = tower.run(["image_features", *levels], {"pixel_values": patches.astype(_floats_of(tower))})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ def require_loadable(
     if not library.loads(entry.flavour, entry.version, entry.options):
         made = f"{entry.flavour} {entry.version}"
         raise EngineError(f"{entry.file} is compiled by {made}, here is {library.title}; {cure}")
+    if "strip-weights" in entry.options:
+        plain = rebuild(dataclasses.replace(entry, options=()), bundle)
+        raise EngineError(
+            f"{entry.file} holds no weights, and this runtime puts none in: build it with: {plain}"
+        )
     if manifest.files[entry.onnx].sha256 != entry.onnx_sha256:
         raise BundleError(f"{entry.onnx} is not the graph that {entry.file} was compiled from; {cure}")
     path, wanted = bundle / entry.file, manifest.files[entry.file]
@@ -100,13 +106,13 @@ class Engine:
         """The largest shape of an input on optimization profile ``profile``."""
         return tuple(int(size) for size in self._engine.get_tensor_profile_shape(name, profile)[2])
 
-    def memory(self, name: str, shape: Shape | None = None) -> DeviceMemory:
+    def memory(self, name: str, shape: Shape | None = None, *, zeroed: bool = False) -> DeviceMemory:
         """New memory that holds the tensor ``name``, at ``shape`` where its own is dynamic."""
         tensor = self.tensors[name]
         size = tensor.itemsize
         for length in shape or tensor.shape:
             size *= length
-        return DeviceMemory(size)
+        return DeviceMemory(size, zeroed=zeroed)
 
     def context(self, stream: Stream, profile: int = 0) -> Context:
         """A new execution context on ``stream``."""

@@ -22,7 +22,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 _RTX_TARGETS = ("sm_80", "sm_86", "sm_89", "sm_120")
 _MODULES = ("tensorrt", "tensorrt_rtx")
 _NEEDED = ("Builder", "OnnxParser", "Runtime", "NetworkDefinitionCreationFlag", "__version__")
-_INSTALL = "install NVIDIA's tensorrt, or tensorrt-rtx with: pip install '.[gpu]'"
+_INSTALL = "install NVIDIA's tensorrt, or tensorrt-rtx with: pip install '.[tensorrt]'"
 # Flags of the builder by the name of the option. TensorRT-RTX has them all by name, but not all behind it.
 OPTIONS = {
     "version-compatible": "VERSION_COMPATIBLE",

@@ -271,16 +271,21 @@ class FakeTensorRT:
 
     __version__ = "1.7.1.116"
 
+    class EngineValidity(IntEnum):
+        VALID, SUBOPTIMAL, INVALID = 0, 1, 2
+
+    class EngineInvalidityDiagnostics(IntEnum):
+        VERSION_MISMATCH, UNSUPPORTED_CC, OLD_CUDA_DRIVER, MALFORMED_ENGINE = 1, 2, 4, 32
+
+    class CudaGraphStrategy(IntEnum):
+        DISABLED, WHOLE_GRAPH_CAPTURE = 0, 1
+
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
         self.bound: list[tuple[str, int]] = []
         self.runs: list[int] = []
         self.refusing, self.unloadable = 0, False
         self.Logger: Any = type("Logger", (), {"ERROR": 1, "__init__": lambda self, severity: None})
-        self.EngineValidity = IntEnum("EngineValidity", {"VALID": 0, "SUBOPTIMAL": 1, "INVALID": 2})
-        bits = {"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2, "OLD_CUDA_DRIVER": 4, "MALFORMED_ENGINE": 32}
-        self.EngineInvalidityDiagnostics = IntEnum("EngineInvalidityDiagnostics", bits)
-        self.CudaGraphStrategy = IntEnum("CudaGraphStrategy", {"DISABLED": 0, "WHOLE_GRAPH_CAPTURE": 1})
 
     def Runtime(self, logger: Any) -> Any:
         return _Runtime(self)

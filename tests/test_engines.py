@@ -5,6 +5,7 @@ Building needs tensorrt_rtx, which compiles for GPUs that are not there. Nothing
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ import onnx
 import pytest
 
 from export import engines
-from export.build_engines import TARGETS, main
-from export.engine_job import Built, Kernel
+from export.build_engines import main
+from export.engine_layers import Built, Kernel
+from export.extend import held_files, link_files
 from ppcr.errors import BundleError, EngineError, UsageError
 from ppcr.manifest import ROLES, EngineEntry, Manifest
 from runtime import tensorrt_library
@@ -34,7 +36,7 @@ BUILDS_FOR = ("sm_80", "sm_89", "sm_120")
 
 @pytest.fixture(scope="session")
 def rtx() -> TensorRT:
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[gpu]'")
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[tensorrt]'")
     library = tensorrt_library.find()
     if not library.is_rtx:
         pytest.skip(f"{library.title} comes first here, and builds for the GPU it runs on alone")
@@ -137,7 +139,7 @@ def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path
     assert (tmp_path / "d.engine").stat().st_size == built.bytes
     folded = operators(bundle, "decoder")["MatMul"] - 1  # all but the head
     assert built.native.get("DEQUANTIZE", 0) == (0 if precision == "bf16" else folded)
-    # Two pieces hold the weights twice; folded ones stay folded on the GPU.
+    # Folded weights stay folded on the GPU, and both pieces share them; whole ones are there twice.
     whole = (
         2
         * 2
@@ -147,7 +149,7 @@ def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path
             if len(value.dims) == 2
         )
     )
-    share = {"bf16": (0.9, 1.1), "int8": (0.45, 0.7), "int4": (0.2, 0.5)}[precision]
+    share = {"bf16": (0.9, 1.1), "int8": (0.25, 0.4), "int4": (0.12, 0.25)}[precision]
     assert share[0] * whole < built.weight_bytes < share[1] * whole
 
 
@@ -197,6 +199,9 @@ def test_interrupted_build_leaves_the_bundle_as_it_was(
     assert "Traceback" not in error
     assert contents(copy) == before
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    # A worker caught before its parent knew of it finds no job to read, and ends by itself.
+    while time.monotonic() < deadline and any(Path(f"/proc/{worker}").exists() for worker in workers):
+        time.sleep(0.1)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
 
@@ -266,7 +271,6 @@ def test_tensorrt_builds_for_the_gpu_that_is_there() -> None:
     with pytest.raises(UsageError, match="there is none here"):
         tensorrt.require_target("sm_89", None)
     tensorrt.require_option("version-compatible")
-    assert {t for t in TARGETS if t != "current"} == set(tensorrt_library.TARGETS)
 
 
 def test_versions_that_load() -> None:
@@ -299,7 +303,7 @@ def test_no_library_is_one_line(kind: str, tmp_path: Path, monkeypatch: pytest.M
             sys.modules.pop(name, None)
     told = {"absent": "is not installed", "stub": "stub without Builder", "broken": "libnvinfer.so.10"}[kind]
     assert str(caught.value).count(told) == 2
-    assert "pip install '.[gpu]'" in str(caught.value)
+    assert "pip install '.[tensorrt]'" in str(caught.value)
 
 
 def test_sets_of_engines_by_target() -> None:
@@ -315,3 +319,20 @@ def test_sets_of_engines_by_target() -> None:
     for target, precision in (("sm_80", None), ("sm_120", None), ("sm_89", "bf16")):
         with pytest.raises(BundleError, match=f"build_engines.py --target {target}"):
             find(manifest, target, precision)  # type: ignore[arg-type]
+
+
+def test_files_that_were_only_linked_keep_their_entry(bundle: Path, tmp_path: Path) -> None:
+    # Else a file that changed behind the manifest's back would be taken for good with the next engines.
+    copy, part = Path(shutil.copytree(bundle, tmp_path / "tiny")), tmp_path / "part"
+    manifest = Manifest.load(copy)
+    graph = manifest.paths("fp32")["vision"]
+    (copy / graph).write_bytes(b"changed")
+    link_files(copy, part)
+    (part / "engines").mkdir()
+    (part / "engines" / "new.engine").write_bytes(b"engine")
+    files = held_files(part, manifest, {"engines/new.engine"})
+    assert files[graph] == manifest.files[graph]
+    assert set(files) == {*manifest.files, "engines/new.engine"}
+    assert files["engines/new.engine"].bytes == 6
+    with pytest.raises(BundleError, match="is not the file"):
+        dataclasses.replace(manifest, files=files).verify(part)

@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import gc
 import hashlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,7 @@ def test_pipeline_gives_the_masks_of_onnxruntime(loaded: tuple[Bundle, Sessions]
     image = samples / "scene_0.png"
     ours = Pipeline(bundle, sessions, threads=1, engine="tensorrt").open(image)
     theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1).open(image)
+    assert sessions.precision == "fp16"
     for expression in ("all red spheres behind the green cube", EXPRESSION):
         one, other = ours.segment(expression), theirs.segment(expression)
         assert one.semantic == other.semantic
@@ -185,10 +187,11 @@ def test_three_streams(loaded: tuple[Bundle, Sessions], cuda: FakeCuda, trt: Fak
     bundle, sessions = loaded
     shapes = bundle.manifest.shapes
     prefix, _, patches = conversation(bundle, seed=3)
-    cuda.calls.clear(), trt.runs.clear()
+    trt.runs.clear()
     sessions.mllm.encode_image(patches)
     mllm = set(trt.runs)
-    trt.runs.clear(), cuda.calls.clear()
+    trt.runs.clear()
+    cuda.calls.clear()
     sessions.segmenter.encode(np.zeros((3, *shapes.image_size), np.float32))
     segmenter = set(trt.runs)
     copies = {arguments[4] for name, arguments in cuda.calls if name == "cudaMemcpyAsync"}
@@ -237,6 +240,7 @@ def refused(compiled: Path, tmp_path: Path, **changes: Any) -> str:
         ({"version": "1.6.0"}, "compiled by tensorrt_rtx 1.6.0, here is tensorrt_rtx 1.7.1.116"),
         ({"flavour": "tensorrt", "version": "10.16"}, "compiled by tensorrt 10.16"),
         ({"onnx_sha256": "0" * 64}, "is not the graph that"),
+        ({"options": ("strip-weights",)}, "holds no weights"),
         ({"bytes_on_gpu": 1 << 40}, "are free"),
     ],
 )
@@ -325,7 +329,9 @@ def test_every_cuda_function_called_is_in_the_table() -> None:
     named = {
         node.value
         for node in ast.walk(tree)
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("cuda")
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.match(r"cuda\w+$", node.value)
     }
     named |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.startswith("cuda")}
     recorded = table("cuda_python")
@@ -335,7 +341,9 @@ def test_every_cuda_function_called_is_in_the_table() -> None:
 
 
 def test_table_is_that_of_the_installed_cuda_python() -> None:
-    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[gpu]'")
+    pytest.importorskip(
+        "cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[tensorrt]'"
+    )
     found, recorded = record_signatures.cuda(), table("cuda_python")
     assert {k: v for k, v in found.items() if k != "release"} == {
         k: v for k, v in recorded.items() if k != "release"
@@ -343,7 +351,9 @@ def test_table_is_that_of_the_installed_cuda_python() -> None:
 
 
 def test_table_is_that_of_the_installed_tensorrt() -> None:
-    module = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[gpu]'")
+    module = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[tensorrt]'"
+    )
     assert record_signatures.tensorrt(module)["methods"] == table("tensorrt_rtx")["methods"]
     for name in ("OLD_CUDA_DRIVER", "UNSUPPORTED_CC", "VERSION_MISMATCH", "MALFORMED_ENGINE"):
         assert name in module.EngineInvalidityDiagnostics.__members__
@@ -353,7 +363,7 @@ def test_table_is_that_of_the_installed_tensorrt() -> None:
 
 def test_real_bindings_say_that_there_is_no_gpu() -> None:
     runtime = pytest.importorskip(
-        "cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[gpu]'"
+        "cuda.bindings.runtime", reason="cuda-python is not installed: pip install '.[tensorrt]'"
     )
     if runtime.cudaGetDeviceCount()[0] == runtime.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU here")
@@ -362,7 +372,9 @@ def test_real_bindings_say_that_there_is_no_gpu() -> None:
 
 
 def test_real_library_refuses_a_damaged_engine() -> None:
-    module = pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[gpu]'")
+    module = pytest.importorskip(
+        "tensorrt_rtx", reason="tensorrt_rtx is not installed: pip install '.[tensorrt]'"
+    )
     library = TensorRT(module, "tensorrt_rtx", module.__version__)
     runtime = library.create_runtime()
     digest = hashlib.sha256(b"not an engine").digest()
