@@ -3,7 +3,8 @@
 `prompt_feature_attention` is what models call. It chooses between `torch.ops.ppcr.prompt_feature_attention`,
 which compilers and exporters see as one node, and the reference written out in standard operators:
 
-    auto   the op on a CUDA device of compute capability 8.0 or newer with Triton, in fp32, fp16 or bf16 without
+    auto   the op on a CUDA device of compute capability 8.0 or newer with Triton, in fp32, fp16 or bf16
+    without
            autocast, at widths the kernels have tiles for; else the reference (the default)
     op     always the op; on a CPU it computes the reference
     off    always the reference
@@ -77,7 +78,16 @@ def prompt_feature_attention(
         out: Tensor = _op(x, x_position, y, y_position, *weights, mask, after, direction, heads, eps)
         return out
     return attend_and_norm(
-        x, x_position, y, y_position, weights, direction=direction, heads=heads, eps=eps, mask=mask, after=after
+        x,
+        x_position,
+        y,
+        y_position,
+        weights,
+        direction=direction,
+        heads=heads,
+        eps=eps,
+        mask=mask,
+        after=after,
     )
 
 
@@ -95,7 +105,10 @@ def _suits(tensors: tuple[Tensor, ...], heads: int) -> bool:
 
 @cache
 def _has_triton(device: int | None) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (
+        8,
+        0,
+    )
 
 
 @torch.library.custom_op("ppcr::prompt_feature_attention", mutates_args=())
@@ -145,7 +158,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     def forward(*given: Tensor) -> Tensor:
         x, x_position, y, y_position, *weights = given
         return attend_and_norm(
-            x, x_position, y, y_position, Weights(*weights), direction=direction, heads=heads, eps=eps, mask=mask
+            x,
+            x_position,
+            y,
+            y_position,
+            Weights(*weights),
+            direction=direction,
+            heads=heads,
+            eps=eps,
+            mask=mask,
         )
 
     _, pull_back = torch.func.vjp(forward, *tensors)

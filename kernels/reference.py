@@ -43,12 +43,12 @@ def attend_and_norm(
 ) -> Tensor:
     """LayerNorm(x + out(attention(q(x + x_position), k(y + y_position), v(y)))) [+ after].
 
-    Shapes: x f[B, K or 1, L, C] reads y f[B, K or 1, N, C]; a dimension of 1 is shared by an image's K prompts
-    and is never copied. Positions broadcast to x and to y. Prompt tokens are x when `direction` is
-    "prompt_to_image" and y when it is "image_to_prompt"; the image's cells are the other.
-    mask bool[B, K, tokens], False for padding: such tokens are not read, whatever they hold, and come back
-    as zeros; a cell that may read no token at all gets LayerNorm(x + out_bias).
-    after f[B, K, L, C] is added to the result. Returns f[B, K, L, C] in the dtype of x.
+    Shapes: x f[B, K or 1, L, C] reads y f[B, K or 1, N, C]; a dimension of 1 is shared by an image's K
+    prompts and is never copied. Positions broadcast to x and to y. Prompt tokens are x when `direction` is
+    "prompt_to_image" and y when it is "image_to_prompt"; the image's cells are the other. mask bool[B, K,
+    tokens], False for padding: such tokens are not read, whatever they hold, and come back as zeros; a cell
+    that may read no token at all gets LayerNorm(x + out_bias). after f[B, K, L, C] is added to the result.
+    Returns f[B, K, L, C] in the dtype of x.
     """
     to_image = direction == PROMPT_TO_IMAGE
     if mask is not None:

@@ -15,13 +15,13 @@ from ppcr.model.prompt_encoder import EncodedPrompts
 class PromptFeatureAttention(nn.Module):
     """Attention between a few prompt tokens and many image cells, with the residual and norm that close it.
 
-    The one place where prompts meet image features, in either direction: prompt to image (skinny queries, long
-    keys) and image to prompt (long queries, skinny keys). The inner width heads * head_dim is narrower than the
-    model. `kernels.op` runs it: fused on a GPU, standard operators elsewhere and in exported graphs.
+    The one place where prompts meet image features, in either direction: prompt to image (skinny queries,
+    long keys) and image to prompt (long queries, skinny keys). The inner width heads * head_dim is narrower
+    than the model. `kernels.op` runs it: fused on a GPU, standard operators elsewhere and in exported graphs.
 
     Shapes: x f[B, K or 1, Q, C] with x_position like x or f[Q, C] reads y f[B, K or 1, N, C] with y_position;
-    `norm` closes, `after` f[B, K, Q, C] is added to the result f[B, K, Q, C]. A dimension of 1 is shared by all
-    prompts of an image: it is never copied.
+    `norm` closes, `after` f[B, K, Q, C] is added to the result f[B, K, Q, C]. A dimension of 1 is shared by
+    all prompts of an image: it is never copied.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, direction: str) -> None:
