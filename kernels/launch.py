@@ -74,7 +74,8 @@ def _read(
     x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, w: Weights, p: Problem, plan: ReadPlan,
     eps: float, mask: Tensor | None, after: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    tokens, image, place, keep = x.contiguous(), y.contiguous(), y_position.contiguous(), _bytes(mask)
+    tokens, image, keep = x.contiguous(), y.contiguous(), _bytes(mask)
+    place = _image_position(y_position, image)
     e, n, m, device = p.expressions, p.tokens, p.cells, x.device
     part = torch.empty(e, plan.splits, n, p.inner, dtype=torch.float32, device=device)
     lse = torch.empty(e, plan.splits, n, p.heads, dtype=torch.float32, device=device)
@@ -112,7 +113,8 @@ def _write(
     x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, w: Weights, p: Problem, plan: WritePlan,
     eps: float, mask: Tensor | None, after: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    image, tokens, place, keep = x.contiguous(), y.contiguous(), x_position.contiguous(), _bytes(mask)
+    image, tokens, keep = x.contiguous(), y.contiguous(), _bytes(mask)
+    place = _image_position(x_position, image)
     e, n, m, device = p.expressions, p.tokens, p.cells, x.device
     out = torch.empty(p.images, p.prompts, m, p.dim, dtype=x.dtype, device=device)
     scale = _LOG2_E / math.sqrt(p.head_dim)
@@ -150,6 +152,11 @@ def _token_position(position: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
     if _is_common(position):
         return position.contiguous(), 0
     return position.expand_as(tokens).contiguous(), tokens.shape[-2] * tokens.shape[-1]
+
+
+def _image_position(position: Tensor, image: Tensor) -> Tensor:
+    """The cells' positions: f[M, C] for all images, or one for each image that lies in memory."""
+    return position.contiguous() if _is_common(position) else position.expand_as(image).contiguous()
 
 
 def _is_common(position: Tensor) -> bool:

@@ -3,9 +3,8 @@
 `prompt_feature_attention` is what models call. It chooses between `torch.ops.ppcr.prompt_feature_attention`,
 which compilers and exporters see as one node, and the reference written out in standard operators:
 
-    auto   the op on a CUDA device of compute capability 8.0 or newer with Triton, in fp32, fp16 or bf16
-    without
-           autocast, at widths the kernels have tiles for; else the reference (the default)
+    auto   (the default) the op on a CUDA device of compute capability 8.0 or newer with Triton, in fp32, fp16
+           or bf16 without autocast, at widths the kernels have tiles for; else the reference
     op     always the op; on a CPU it computes the reference
     off    always the reference
 
@@ -31,6 +30,7 @@ from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_n
 
 VARIABLE = "PPCR_KERNELS"
 MODES = ("auto", "op", "off")
+_CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _mode = os.environ.get(VARIABLE, "auto")
 if _mode not in MODES:
@@ -77,18 +77,8 @@ def prompt_feature_attention(
     if _mode == "op" or (_mode == "auto" and _suits((x, x_position, y, y_position, *weights), heads)):
         out: Tensor = _op(x, x_position, y, y_position, *weights, mask, after, direction, heads, eps)
         return out
-    return attend_and_norm(
-        x,
-        x_position,
-        y,
-        y_position,
-        weights,
-        direction=direction,
-        heads=heads,
-        eps=eps,
-        mask=mask,
-        after=after,
-    )
+    given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
+    return attend_and_norm(x, x_position, y, y_position, weights, **given)  # type: ignore[arg-type]
 
 
 def _suits(tensors: tuple[Tensor, ...], heads: int) -> bool:
@@ -105,10 +95,8 @@ def _suits(tensors: tuple[Tensor, ...], heads: int) -> bool:
 
 @cache
 def _has_triton(device: int | None) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (
-        8,
-        0,
-    )
+    recent = torch.cuda.get_device_capability(device) >= _CAPABILITY
+    return recent and importlib.util.find_spec("triton") is not None
 
 
 @torch.library.custom_op("ppcr::prompt_feature_attention", mutates_args=())

@@ -44,7 +44,7 @@ ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
 }
 
 # Rooms of the design that may still be empty.
-LATER = frozenset({"kernels", "ppcr.evaluation"})
+LATER = frozenset({"ppcr.evaluation"})
 
 # What importing these (and, with them, everything they import at module level) must not load.
 LIGHT: dict[str, frozenset[str]] = {

@@ -1,4 +1,4 @@
-"""Prompt-feature attention without a GPU: kernels in the interpreter and compiled, the op, the decoder on it."""
+"""Prompt-feature attention without a GPU: kernels interpreted and compiled, the op, the decoder on it."""
 
 from __future__ import annotations
 
