@@ -30,7 +30,7 @@ from benchmarks import machine, results
 from benchmarks.kernel_cases import BOUNDS, DTYPES
 from benchmarks.kernel_count import decoder_kernels
 from benchmarks.kernel_floor import H200, floor_of, two_way
-from kernels.plan import Problem, plan_read, plan_write, read_variants, write_variants
+from kernels.plan import Problem, plan_read, plan_write, read_variants, token_variants, write_variants
 from kernels.reference import DIRECTIONS
 from ppcr.errors import CommandParser, EngineError, PPCRError, UsageError, run_cli
 
@@ -176,7 +176,8 @@ def resources(targets: Sequence[int]) -> list[dict[str, Any]]:
         for problem in (SHIPPED, SAM, SAM_LONG):
             read = read_variants(problem, plan_read(problem), mask=True)
             write = write_variants(problem, plan_write(problem), mask=True, after=True)
-            for variant in (*read.values(), *write.values()):
+            tokens = token_variants(min(problem.tokens, 64), problem.dim, problem.heads, 256, 2)
+            for variant in (*read.values(), *write.values(), *tokens.values()):
                 key = capability, variant.kernel, tuple(sorted(variant.constants.items()))
                 if key not in seen:
                     seen.add(key)

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from kernels.op import using
 from kernels.plan import Problem, ReadPlan, WritePlan, plan_read, plan_write, tile
 from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_norm
 
@@ -26,6 +27,7 @@ BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
 """Most relative error, norm of the difference over norm of the reference, by dtype."""
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOKEN_STEPS = ("token_attention", "token_mlp")
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
@@ -152,8 +154,52 @@ def check(case: Case, seed: int, device: str = "cpu") -> dict[str, Any]:
     }
 
 
+def check_tokens(dtype: str, seed: int, device: str = "cpu") -> list[dict[str, Any]]:
+    """The tokens' own steps, like `check`: attention among 13 tokens of 3 expressions, and the MLP."""
+    from kernels.token_op import attend_on_kernel, mlp_on_kernel, token_attention, token_mlp
+
+    case = Case(Problem(1, 3, True, 13, 16, 64, 4, 16, ITEMSIZE[dtype]), PROMPT_TO_IMAGE, dtype, False, False)
+    given = inputs(case, seed, device)
+    exact = given.to(dtype=torch.float64)
+    g, c, wide, eps = torch.Generator().manual_seed(seed + 1), 64, 128, 1e-5
+    shapes = (wide, c), (wide,), (c, wide), (c,)
+    mlp = tuple((torch.randn(*s, generator=g) * s[-1] ** -0.5).to(device, DTYPES[dtype]) for s in shapes)
+    rows = []
+    with poisoned():
+        attended = attend_on_kernel(*given.sides[:2], given.weights, 4, eps)
+        mixed = mlp_on_kernel(given.sides[0], *mlp, *given.weights[8:], eps)
+
+    def steps(of: Inputs, layers: Sequence[Tensor], silent: float = 1.0) -> tuple[Tensor, Tensor]:
+        w = of.weights._replace(out_weight=silent * of.weights.out_weight)
+        norm = w.norm_weight, w.norm_bias
+        w1, b1, w2, b2 = layers
+        return (
+            token_attention(*of.sides[:2], w, heads=4, eps=eps),
+            token_mlp(of.sides[0], w1, b1, silent * w2, b2, norm, eps=eps),
+        )
+
+    with using("off"):
+        truths = steps(exact, [t.double() for t in mlp])
+        plain = steps(given, mlp)
+        without = steps(exact, [t.double() for t in mlp], silent=0.0)
+    for name, out, truth, same, none in zip(
+        TOKEN_STEPS, (attended, mixed), truths, plain, without, strict=True
+    ):
+        errors = {"error": _relative(out, truth), "torch_error": _relative(same, truth)}
+        rows.append({"case": f"{name}-{dtype}", "dtype": dtype, **errors, "matters": _relative(none, truth)})
+    return rows
+
+
 def _relative(out: Tensor, truth: Tensor) -> float:
     return float((out.double() - truth).norm() / truth.norm())
+
+
+def check_all(seed: int, device: str = "cpu") -> Iterator[dict[str, Any]]:
+    """Every case and the tokens' own steps, in each dtype."""
+    for index, case in enumerate(cases()):
+        yield check(case, seed + index, device)
+    for dtype in DTYPES:
+        yield from check_tokens(dtype, seed, device)
 
 
 @contextmanager
@@ -179,9 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     good = True
-    for index, case in enumerate(cases()):
-        row = check(case, arguments.seed + index, arguments.device)
-        good = good and row["error"] <= BOUNDS[case.dtype]
+    for row in check_all(arguments.seed, arguments.device):
+        good = good and row["error"] <= BOUNDS[row["dtype"]]
         print(json.dumps(row), flush=True)
     return 0 if good else 1
 

@@ -2,7 +2,7 @@
 
 No GPU is needed: the graph goes through tracing, decomposition and fusion, and the count is taken before any
 code is compiled. What is counted: each fused group of pointwise and reduction operators, each library
-product, and for the prompt-feature op the kernels that its own plan starts. Fusion is decided for the machine
+product, and for our ops the kernels that their own plans start. Fusion is decided for the machine
 at hand; on a GPU a few groups may fall differently, and `benchmarks/kernel.py` counts there by profiling too.
 """
 
@@ -22,7 +22,7 @@ from ppcr.model.image_encoder import ImageFeatures
 from ppcr.model.prompt_encoder import EncodedPrompts
 from ppcr.model.segmenter import Segmenter, SegmenterConfig
 
-OP = "ppcr.prompt_feature_attention"
+OP, ATTENTION = "ppcr.", "ppcr.prompt_feature_attention"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def decoder_kernels(mode: str, segmenter: Segmenter | None = None, expressions: 
         fused=sum(kind in ("SchedulerNode", "FusedSchedulerNode") for kind in kinds),
         library=sum(kind.startswith("Extern") for kind in kinds) - len(ops),
         ops=len(ops),
-        ours=sum(read if PROMPT_TO_IMAGE in _constants(node) else write for node in ops),
+        ours=sum(_launches(node, read, write) for node in ops),
     )
 
 
@@ -127,6 +127,12 @@ def _compile(decoder: nn.Module, arguments: tuple[Tensor, ...], nodes: list[Any]
 
 def _target(node: Any) -> str:
     return str(getattr(getattr(node, "node", None), "op_overload", ""))
+
+
+def _launches(node: Any, read: int, write: int) -> int:
+    if ATTENTION not in _target(node):
+        return 1  # the tokens' own steps
+    return read if PROMPT_TO_IMAGE in _constants(node) else write
 
 
 def _constants(node: Any) -> tuple[object, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import BOUNDS, DTYPES, Case, Inputs, cases, check, inputs
+from benchmarks.kernel_cases import BOUNDS, DTYPES, ITEMSIZE, Case, Inputs, check, check_all, inputs
 from benchmarks.kernel_floor import two_way as floor_of_two_way
 from benchmarks.kernel_rivals import Step, rivals, two_way
 from benchmarks.timing import Spread
@@ -45,15 +45,12 @@ class Row:
 def correctness(seed: int) -> list[dict[str, Any]]:
     """Every case of `kernel_cases` on the device, and the full-size ones in each dtype."""
     full = [
-        Case(problem(count, ITEM[dtype]), direction, dtype, count > 1, count == 1)
+        Case(problem(count, ITEMSIZE[dtype]), direction, dtype, count > 1, count == 1)
         for dtype in DTYPES
         for count in (1, 8)
         for direction in DIRECTIONS
     ]
-    return [check(case, seed + index, "cuda") for index, case in enumerate([*cases(), *full])]
-
-
-ITEM = {"fp32": 4, "fp16": 2, "bf16": 2}
+    return [*check_all(seed, "cuda"), *(check(case, seed + index, "cuda") for index, case in enumerate(full))]
 
 
 def problem(expressions: int, itemsize: int = 2) -> Problem:

@@ -74,23 +74,26 @@ def prompt_feature_attention(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"no direction {direction!r}: must be one of {', '.join(DIRECTIONS)}")
-    if _mode == "op" or (_mode == "auto" and _suits((x, x_position, y, y_position, *weights), heads)):
+    widths = x.shape[-1], heads, weights.q_weight.shape[0] // heads
+    if takes((x, x_position, y, y_position, *weights)) and (_mode == "op" or fits(*widths)):
         out: Tensor = _op(x, x_position, y, y_position, *weights, mask, after, direction, heads, eps)
         return out
     given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
     return attend_and_norm(x, x_position, y, y_position, weights, **given)  # type: ignore[arg-type]
 
 
-def _suits(tensors: tuple[Tensor, ...], heads: int) -> bool:
-    x, inner = tensors[0], tensors[4].shape[0]
-    return (
-        x.is_cuda
-        and x.dtype in _DTYPES
-        and all(t.dtype == x.dtype for t in tensors)
-        and not torch.is_autocast_enabled("cuda")
-        and fits(x.shape[-1], heads, inner // heads)
-        and _has_triton(x.device.index)
-    )
+def takes(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the mode, and in mode auto device and dtypes, send a call on `tensors` to an op."""
+    if _mode != "auto":
+        return _mode == "op"
+    x = tensors[0]
+    alike = x.dtype in _DTYPES and all(t.dtype == x.dtype for t in tensors)
+    return x.is_cuda and alike and not torch.is_autocast_enabled("cuda") and runs_on(x)
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels run where `x` lies."""
+    return x.is_cuda and _has_triton(x.device.index)
 
 
 @cache
@@ -110,7 +113,7 @@ def _op(
         q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, norm_weight, norm_bias
     )
     given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
-    if x.is_cuda and fits(x.shape[-1], heads, q_weight.shape[0] // heads) and _has_triton(x.device.index):
+    if runs_on(x) and fits(x.shape[-1], heads, q_weight.shape[0] // heads):
         from kernels.launch import run
 
         return run(x, x_position, y, y_position, weights, **given)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 HEAD_DIMS = (16, 32, 64)
 MAX_WIDTH = 256
+MAX_TOKENS = 64
+"""Most tokens whose attention among themselves is one tile; more are left to plain torch."""
+
 BALANCE = 180
 """FLOPs of 16-bit matrix work in the time of one byte of memory traffic (H200: 790 TFLOP/s, 4.3 TB/s)."""
 
@@ -179,6 +182,17 @@ def write_variants(
 def _fold(p: Problem, mask: bool, *, values: bool) -> Variant:
     sizes = {"H": p.heads, "D": p.head_dim, "C": p.dim, "BT": TOKEN_BLOCK}
     return Variant("fold_tokens", sizes | {"HAS_MASK": mask, "HAS_VALUES": values})
+
+
+def token_variants(tokens: int, dim: int, heads: int, hidden: int, itemsize: int) -> dict[str, Variant]:
+    """The kernels of the tokens' own steps: attention among `tokens`, and an MLP `hidden` wide."""
+    attend = {"H": heads, "D": dim // heads, "C": dim, "BN": tile(tokens, most=MAX_TOKENS)}
+    mlp = {"C": dim, "HIDDEN": hidden, "BT": TOKEN_BLOCK, "BJ": min(hidden, 32 if itemsize == 4 else 64)}
+    stages = 1 if itemsize == 4 else 2
+    return {
+        "attend": Variant("attend_tokens", attend, 8, stages),
+        "mlp": Variant("mlp_tokens", mlp, 8, stages),
+    }
 
 
 def launches(p: Problem, plan: ReadPlan | WritePlan) -> int:

@@ -40,8 +40,8 @@ def add(a, b):
 def online(scores, top, total):
     """One step of a softmax over log2 scores [R, S], with the maximum and sum so far, top[R] and total[R].
 
-    Returns shares relative to the new maximum, the factor for what was summed before, and the new top and total.
-    A row that has met nothing but -inf keeps zero shares.
+    Returns shares relative to the new maximum, the factor for what was summed before, and the new top and
+    total. A row that has met nothing but -inf keeps zero shares.
     """
     highest = tl.maximum(top, tl.max(scores, 1))
     safe = tl.where(highest == float("-inf"), 0.0, highest)

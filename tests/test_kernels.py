@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.kernel import SAM, SHIPPED, card, interpreted, worst
-from benchmarks.kernel_cases import BOUNDS, Case, cases, inputs, poisoned
+from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
 from benchmarks.kernel_count import decoder_kernels
 from benchmarks.kernel_floor import floor_of
 from kernels.op import prompt_feature_attention, using
@@ -23,9 +23,11 @@ from kernels.plan import (
     plan_write,
     read_variants,
     tile,
+    token_variants,
     write_variants,
 )
 from kernels.reference import DIRECTIONS, IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights, attend_and_norm
+from kernels.token_op import token_attention, token_mlp
 from ppcr.model.layers import Norm
 from ppcr.model.mask_decoder import PromptFeatureAttention
 from ppcr.model.segmenter import Segmenter, SegmenterConfig
@@ -129,7 +131,9 @@ def interpreter_rows() -> list[dict[str, Any]]:
 
 
 def test_kernels_equal_float64_in_the_interpreter(interpreter_rows: list[dict[str, Any]]) -> None:
-    assert [row["case"] for row in interpreter_rows] == [case.name for case in cases()]
+    names = [row["case"] for row in interpreter_rows]
+    assert names[: len(cases())] == [case.name for case in cases()]
+    assert names[len(cases()) :] == [f"{step}-{dtype}" for dtype in BOUNDS for step in TOKEN_STEPS]
     for row in interpreter_rows:
         assert row["error"] <= BOUNDS[row["dtype"]], row
         assert row["matters"] > 0.2, row
@@ -157,8 +161,11 @@ def test_kernels_compile_without_spills_for(capability: int) -> None:
             (v.kernel, v.constants.get("HAS_VALUES")): v
             for v in (*read.values(), *write_variants(problem, plan_write(problem), after=True).values())
         }
+    sizes = SHIPPED.tokens, SHIPPED.dim, SHIPPED.heads, SegmenterConfig().mlp, SHIPPED.itemsize
+    variants |= {(v.kernel, None): v for v in token_variants(*sizes).values()}
     assert {name for name, _ in variants} == {
-        "fold_tokens", "read_folded", "read_heads", "merge", "write_folded", "write_heads",
+        "attend_tokens", "mlp_tokens", "fold_tokens", "read_folded", "read_heads", "merge", "write_folded",
+        "write_heads",
     }  # fmt: skip
     for variant in variants.values():
         found = compile_variant(variant, "fp16", capability)
@@ -268,9 +275,25 @@ def test_weights_keep_the_names_of_checkpoints() -> None:
 
 def test_decoder_pass_starts_few_kernels() -> None:
     before, after = decoder_kernels("off"), decoder_kernels("op")
-    assert before.ops == before.ours == 0 and after.ops == 5
-    # Three times prompt to image, twice image to prompt.
-    assert after.ours == 3 * launches(SHIPPED, plan_read(SHIPPED)) + 2 * launches(
-        SHIPPED, plan_write(SHIPPED)
-    )
+    assert before.ops == before.ours == 0 and after.ops == 9
+    reads, writes = launches(SHIPPED, plan_read(SHIPPED)), launches(SHIPPED, plan_write(SHIPPED))
+    # In each of two layers attention among tokens, reading the image, the MLP and writing it; one last reading.
+    assert after.ours == 2 * (1 + reads + 1 + writes) + reads
     assert after.total <= 40 < before.total
+
+
+def test_token_ops_equal_the_reference_and_have_its_gradients() -> None:
+    given, _ = double_case(PROMPT_TO_IMAGE, masked=False)
+    mlp = [torch.randn(*shape, dtype=torch.float64) for shape in ((64, 32), (64,), (32, 64), (32,))]
+    leaves = [t.clone().requires_grad_() for t in (*given.sides[:2], *given.weights, *mlp)]
+    # Attention among tokens has as many inner columns as the model is wide: here both are 32.
+    x, position, weights, (w1, b1, w2, b2) = leaves[0], leaves[1], Weights(*leaves[2:12]), leaves[12:]
+    found = {}
+    for mode in ("off", "op"):
+        with using(mode):
+            attended = token_attention(x, position, weights, heads=2, eps=1e-5)
+            mixed = token_mlp(attended, w1, b1, w2, b2, (weights.norm_weight, weights.norm_bias), eps=1e-5)
+        change = torch.linspace(-1, 1, mixed.numel(), dtype=mixed.dtype).view_as(mixed)
+        found[mode] = (attended.detach(), mixed.detach(), *torch.autograd.grad(mixed, leaves, change))
+    for got, wanted in zip(found["op"], found["off"], strict=True):
+        torch.testing.assert_close(got, wanted)

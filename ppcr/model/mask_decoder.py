@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kernels.op import prompt_feature_attention
 from kernels.reference import IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights
+from kernels.token_op import token_attention, token_mlp
 from ppcr.model.image_encoder import ImageFeatures
 from ppcr.model.layers import Mlp, Norm, TokenAttention
 from ppcr.model.prompt_encoder import EncodedPrompts
@@ -40,10 +41,8 @@ class PromptFeatureAttention(nn.Module):
         norm: nn.LayerNorm,
         after: Tensor | None = None,
     ) -> Tensor:
-        layers = self.q, self.k, self.v, self.out, norm
-        weights = Weights(*(t for layer in layers for t in (layer.weight, layer.bias)))
         return prompt_feature_attention(
-            x, x_position, y, y_position, weights,
+            x, x_position, y, y_position, _weights(self, norm),
             direction=self.direction, heads=self.heads, eps=norm.eps, after=after,
         )  # fmt: skip
 
@@ -72,10 +71,16 @@ class TwoWayLayer(nn.Module):
         dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         after_self, after_image, after_mlp, after_prompt = self.norms
-        placed = tokens + token_position
-        tokens = after_self(tokens + self.self_attention(placed, placed, tokens))
+        tokens = token_attention(
+            tokens, token_position, _weights(self.self_attention, after_self),
+            heads=self.self_attention.heads, eps=after_self.eps,
+        )  # fmt: skip
         tokens = self.prompt_to_image(tokens, token_position, image, cell_position, after_image)
-        tokens = after_mlp(tokens + self.mlp(tokens))
+        first, _, second = self.mlp
+        tokens = token_mlp(
+            tokens, first.weight, first.bias, second.weight, second.bias, (after_mlp.weight, after_mlp.bias),
+            eps=after_mlp.eps,
+        )  # fmt: skip
         image = self.image_to_prompt(image, cell_position, tokens, token_position, after_prompt, dense)
         return tokens, image
 
@@ -143,6 +148,11 @@ class MaskDecoder(nn.Module):
         g = self.grid
         logits = logits.reshape(*logits.shape[:2], g, g, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return logits.flatten(5, 7).flatten(2, 4)
+
+
+def _weights(attention: PromptFeatureAttention | TokenAttention, norm: nn.LayerNorm) -> Weights:
+    layers = attention.q, attention.k, attention.v, attention.out, norm
+    return Weights(*(t for layer in layers for t in (layer.weight, layer.bias)))
 
 
 def _rows(x: Tensor) -> Tensor:
