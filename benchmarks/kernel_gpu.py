@@ -50,7 +50,8 @@ def correctness(seed: int) -> list[dict[str, Any]]:
         for count in (1, 8)
         for direction in DIRECTIONS
     ]
-    return [*check_all(seed, "cuda"), *(check(case, seed + index, "cuda") for index, case in enumerate(full))]
+    rows = list(check_all(seed, "cuda"))
+    return rows + [check(case, seed + index, "cuda") for index, case in enumerate(full)]
 
 
 def problem(expressions: int, itemsize: int = 2) -> Problem:

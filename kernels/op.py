@@ -3,9 +3,9 @@
 `prompt_feature_attention` is what models call. It chooses between `torch.ops.ppcr.prompt_feature_attention`,
 which compilers and exporters see as one node, and the reference written out in standard operators:
 
-    auto   (the default) the op on a CUDA device of compute capability 8.0 or newer with Triton, in fp32, fp16
-           or bf16 without autocast, at widths the kernels have tiles for; else the reference
-    op     always the op; on a CPU it computes the reference
+    auto   (the default) the op on a CUDA device with Triton, in fp32, fp16 or bf16 without autocast, at
+           widths the kernels have tiles for; else the reference
+    op     always the op; on a CPU, and below compute capability 8.0, it computes the reference
     off    always the reference
 
 The environment variable PPCR_KERNELS sets the mode at start, `using` changes it for a while.
@@ -19,7 +19,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_n
 VARIABLE = "PPCR_KERNELS"
 MODES = ("auto", "op", "off")
 _CAPABILITY = (8, 0)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _mode = os.environ.get(VARIABLE, "auto")
 if _mode not in MODES:
@@ -88,18 +88,12 @@ def takes(tensors: tuple[Tensor, ...]) -> bool:
         return _mode == "op"
     x = tensors[0]
     alike = x.dtype in _DTYPES and all(t.dtype == x.dtype for t in tensors)
-    return x.is_cuda and alike and not torch.is_autocast_enabled("cuda") and runs_on(x)
+    return x.is_cuda and _HAS_TRITON and alike and not torch.is_autocast_enabled("cuda")
 
 
 def runs_on(x: Tensor) -> bool:
-    """Whether the kernels run where `x` lies."""
-    return x.is_cuda and _has_triton(x.device.index)
-
-
-@cache
-def _has_triton(device: int | None) -> bool:
-    recent = torch.cuda.get_device_capability(device) >= _CAPABILITY
-    return recent and importlib.util.find_spec("triton") is not None
+    """Whether the kernels run where `x` lies; asked inside the ops, which no compiler looks into."""
+    return x.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
 
 
 @torch.library.custom_op("ppcr::prompt_feature_attention", mutates_args=())

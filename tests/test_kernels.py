@@ -277,7 +277,7 @@ def test_decoder_pass_starts_few_kernels() -> None:
     before, after = decoder_kernels("off"), decoder_kernels("op")
     assert before.ops == before.ours == 0 and after.ops == 9
     reads, writes = launches(SHIPPED, plan_read(SHIPPED)), launches(SHIPPED, plan_write(SHIPPED))
-    # In each of two layers attention among tokens, reading the image, the MLP and writing it; one last reading.
+    # In each layer tokens attend, read the image and pass the MLP, and the image reads them; one last read.
     assert after.ours == 2 * (1 + reads + 1 + writes) + reads
     assert after.total <= 40 < before.total
 
