@@ -120,7 +120,8 @@ class MaskDecoder(nn.Module):
     def forward(
         self, features: ImageFeatures, prompts: EncodedPrompts, cell_position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        image = features.image_features.flatten(2).transpose(1, 2).unsqueeze(1)
+        # Laid out by cells once, not by every kernel that reads it.
+        image = features.image_features.flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         cell_position = cell_position.to(image.dtype)
         b, k = prompts.tokens.shape[:2]
         queries = self.queries.to(prompts.tokens.dtype).expand(b, k, -1, -1)
