@@ -8,6 +8,7 @@ at hand; on a GPU a few groups may fall differently, and `benchmarks/kernel.py` 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -98,30 +99,31 @@ class Pass(nn.Module):
         return masks, scores
 
 
-def _compile(decoder: nn.Module, arguments: tuple[Tensor, ...], nodes: list[Any]) -> None:
+class _Scheduled(Exception):
+    """The schedule is complete; nothing is to be run."""
+
+
+class _Unfinished:
+    """Stands where the compiled module would."""
+
+    def call(self, *given: object) -> None:
+        raise _Scheduled
+
+
+def _compile(decoder: nn.Module, given: tuple[Tensor, ...], nodes: list[Any]) -> None:
     """Compile up to, and without, the code itself; `nodes` receives the schedule."""
     from torch._inductor.graph import GraphLowering
 
-    class Nothing:
-        def call(self, *given: object) -> None:
-            """Stands where the compiled module would: nothing is run."""
-
-    def stop(graph: Any) -> Nothing:
+    def stop(graph: Any) -> _Unfinished:
         graph.codegen()
-        nodes.extend(
-            node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode"
-        )
-        return Nothing()
+        nodes.extend(node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode")
+        return _Unfinished()
 
     torch._dynamo.reset()
     config = torch._inductor.config.patch(fx_graph_cache=False)
     with mock.patch.object(GraphLowering, "compile_to_module", stop), config:
-        try:
-            torch.compile(Pass(decoder), fullgraph=True)(*arguments)
-        except TypeError:
-            # The stand-in returned no outputs, which the caller may try to unpack: the schedule is complete.
-            if not nodes:
-                raise
+        with suppress(_Scheduled):
+            torch.compile(Pass(decoder), fullgraph=True)(*given)
     torch._dynamo.reset()
 
 
