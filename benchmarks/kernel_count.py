@@ -116,14 +116,20 @@ def _compile(decoder: nn.Module, given: tuple[Tensor, ...], nodes: list[Any]) ->
 
     def stop(graph: Any) -> _Unfinished:
         graph.codegen()
-        nodes.extend(node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode")
+        nodes.extend(
+            node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode"
+        )
         return _Unfinished()
 
     torch._dynamo.reset()
-    config = torch._inductor.config.patch(fx_graph_cache=False)
-    with mock.patch.object(GraphLowering, "compile_to_module", stop), config:
-        with suppress(_Scheduled):
-            torch.compile(Pass(decoder), fullgraph=True)(*given)
+    with (
+        mock.patch.object(GraphLowering, "compile_to_module", stop),
+        # A graph out of a cache would never be scheduled.
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        suppress(_Scheduled),
+    ):
+        torch.compile(Pass(decoder), fullgraph=True)(*given)
     torch._dynamo.reset()
 
 
