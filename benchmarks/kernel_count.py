@@ -116,9 +116,7 @@ def _compile(decoder: nn.Module, given: tuple[Tensor, ...], nodes: list[Any]) ->
 
     def stop(graph: Any) -> _Unfinished:
         graph.codegen()
-        nodes.extend(
-            node for node in graph.scheduler.nodes if type(node).__name__ != "NopKernelSchedulerNode"
-        )
+        nodes.extend(filter(_starts_a_kernel, graph.scheduler.nodes))
         return _Unfinished()
 
     torch._dynamo.reset()
@@ -131,6 +129,12 @@ def _compile(decoder: nn.Module, given: tuple[Tensor, ...], nodes: list[Any]) ->
     ):
         torch.compile(Pass(decoder), fullgraph=True)(*given)
     torch._dynamo.reset()
+
+
+def _starts_a_kernel(node: Any) -> bool:
+    # The second kind only names an output of the operator before it.
+    nothing = type(node).__name__ == "NopKernelSchedulerNode"
+    return not nothing and type(getattr(node, "node", None)).__name__ != "MultiOutput"
 
 
 def _target(node: Any) -> str:
