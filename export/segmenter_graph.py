@@ -24,6 +24,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from kernels.op import using
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter
 
 OPSET = 20
@@ -96,7 +97,8 @@ def _export(
     outputs: Sequence[str],
     shapes: tuple[Any, ...] | None = None,
 ) -> None:
-    with _quiet(), torch.no_grad():
+    # Standard operators alone, wherever the segmenter lies.
+    with _quiet(), torch.no_grad(), using("off"):
         program = torch.onnx.export(
             module.eval(),
             arguments,

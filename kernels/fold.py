@@ -1,8 +1,9 @@
 """Projections of the long image side, folded into the few prompt tokens.
 
-With q = W_q x and k = W_k y a score is x . (W_q^T k): the projection moves from the image's thousands of cells
-to a handful of tokens, and the image is read as it lies in memory. The same holds for values and the output
-projection. What the key's bias adds to a row of scores is the same for all keys, and a softmax ignores it.
+With q = W_q x and k = W_k y a score is x . (W_q^T k): the projection moves from the image's thousands of
+cells to a handful of tokens, and the image is read as it lies in memory. The same holds for values and the
+output projection. What the key's bias adds to a row of scores is the same for all keys, and a softmax ignores
+it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def fold_tokens(
     """One head's folded rows of BT tokens; grid (heads, token blocks, expressions).
 
     tokens t f[E, N, C], position f[E or 1, N, C] (stride 0 when shared), mask u8[E, N], w1, w2, wv f[H*D, C],
-    wo f[C, H*D] -> folded f[E, H, N, C] = scale * w2_h^T (w1_h (t + position) + b1_h), and for image to prompt
-    bias f32[E, H, N] = scale * (that projection) . b2_h, -inf for padding,
-    value f[E, H, N, C] = wo_h (wv_h t + bv_h).
+    wo f[C, H*D] -> folded f[E, H, N, C] = scale * w2_h^T (w1_h (t + position) + b1_h), and for image to
+    prompt bias f32[E, H, N] = scale * (that projection) . b2_h, -inf for padding, value f[E, H, N, C] = wo_h
+    (wv_h t + bv_h).
     """
     i_h, i_e = tl.program_id(0), tl.program_id(2).to(tl.int64)
     n = tl.program_id(1) * BT + tl.arange(0, BT)

@@ -1,8 +1,8 @@
 """Image cells read prompt tokens: the whole image-side block in one kernel.
 
 A program holds BM cells, lets every head read all tokens, and closes with the residual and the LayerNorm:
-each cell comes from memory once and is written once. E expressions write E images; they may read one shared image, which is
-then not repeated in memory.
+each cell comes from memory once and is written once. E expressions write E images; they may read one shared
+image, which is then not repeated in memory.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def write_heads(
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BLOCKS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_AFTER: tl.constexpr,
 ):  # fmt: skip
-    """With the query and output projections inside, for any number of tokens; grid (cell blocks, expressions).
+    """With the query and output projections inside, for any number of tokens; grid (cell blocks,
+    expressions).
 
     k, v f[E, N, H*D], mask u8[E, N], wq f[H*D, C], wo f[C, H*D]; BLOCKS of BN tokens; the rest as in
     `write_folded`.

@@ -7,20 +7,30 @@ Importing this module imports Triton. On a CPU the kernels run only under Triton
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.fold import fold_tokens
 from kernels.image_to_prompt import write_folded, write_heads
-from kernels.plan import Problem, ReadPlan, WritePlan, plan_read, plan_write
+from kernels.plan import (
+    TOKEN_BLOCK,
+    Problem,
+    ReadPlan,
+    Variant,
+    WritePlan,
+    ceil,
+    plan_read,
+    plan_write,
+    read_variants,
+    write_variants,
+)
 from kernels.prompt_to_image import merge, read_folded, read_heads
 from kernels.reference import PROMPT_TO_IMAGE, Weights
 
 _LOG2_E = math.log2(math.e)
-_TOKEN_BLOCK, _SPLIT_BLOCK = 16, 4
 
 
 def run(
@@ -64,39 +74,37 @@ def _read(
     x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, w: Weights, p: Problem, plan: ReadPlan,
     eps: float, mask: Tensor | None, after: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    tokens, image, place, keep = x.contiguous(), y.contiguous(), y_position.contiguous(), _bytes(mask)
+    tokens, image, keep = x.contiguous(), y.contiguous(), _bytes(mask)
+    place = _image_position(y_position, image)
     e, n, m, device = p.expressions, p.tokens, p.cells, x.device
     part = torch.empty(e, plan.splits, n, p.inner, dtype=torch.float32, device=device)
     lse = torch.empty(e, plan.splits, n, p.heads, dtype=torch.float32, device=device)
     scale = _LOG2_E / math.sqrt(p.head_dim)
-    row_blocks = triton.cdiv(plan.rows, plan.block_rows)
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    row_blocks, token_blocks = ceil(plan.rows, plan.block_rows), ceil(n, TOKEN_BLOCK)
+    variants = read_variants(p, plan, mask=mask is not None, after=after is not None)
     if plan.folded:
         folded = torch.empty(e, p.heads, n, p.dim, dtype=x.dtype, device=device)
         position, stride = _token_position(x_position, tokens)
-        fold_tokens[(p.heads, triton.cdiv(n, _TOKEN_BLOCK), e)](
+        fold_tokens[(p.heads, token_blocks, e)](
             tokens, position, keep, w.q_weight, w.q_bias, w.k_weight, None, None, None, None, folded, None,
-            None, n, scale, stride, H=p.heads, D=p.head_dim, C=p.dim, BT=_TOKEN_BLOCK,
-            HAS_MASK=mask is not None, HAS_VALUES=False,
+            None, n, scale, stride, **_options(variants["fold"]),
         )  # fmt: skip
         read_folded[(row_blocks, plan.splits, p.features)](
             folded, image, place, w.v_weight, part, lse, plan.rows, n, m, plan.splits, p.group,
-            0 if _is_common(place) else m * p.dim, H=p.heads, D=p.head_dim, C=p.dim, BR=plan.block_rows,
-            BM=plan.block_cells, BV=min(64, p.inner), CHUNK=plan.chunk, **options,
+            0 if _is_common(place) else m * p.dim, **_options(variants["read"]),
         )  # fmt: skip
     else:
         q = F.linear(tokens + x_position, w.q_weight, w.q_bias).contiguous()
         k = F.linear(image + place, w.k_weight).contiguous()
         v = F.linear(image, w.v_weight).contiguous()
         read_heads[(row_blocks, plan.splits, p.features * p.heads)](
-            q, k, v, part, lse, plan.rows, n, m, scale, plan.splits, p.group, H=p.heads,
-            D=p.head_dim, BR=plan.block_rows, BM=plan.block_cells, CHUNK=plan.chunk, **options,
+            q, k, v, part, lse, plan.rows, n, m, scale, plan.splits, p.group,
+            **_options(variants["read"]),
         )  # fmt: skip
     out = torch.empty_like(tokens)
-    merge[(triton.cdiv(n, _TOKEN_BLOCK), e)](
+    merge[(token_blocks, e)](
         part, lse, w.v_bias, w.out_weight, w.out_bias, tokens, w.norm_weight, w.norm_bias, keep,
-        _contiguous(after), out, n, eps, H=p.heads, D=p.head_dim, C=p.dim, BT=_TOKEN_BLOCK,
-        SPLITS=plan.splits, BS=_SPLIT_BLOCK, HAS_MASK=mask is not None, HAS_AFTER=after is not None, num_warps=8,
+        _contiguous(after), out, n, eps, **_options(variants["merge"]),
     )  # fmt: skip
     return out
 
@@ -105,38 +113,38 @@ def _write(
     x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, w: Weights, p: Problem, plan: WritePlan,
     eps: float, mask: Tensor | None, after: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    image, tokens, place, keep = x.contiguous(), y.contiguous(), x_position.contiguous(), _bytes(mask)
+    image, tokens, keep = x.contiguous(), y.contiguous(), _bytes(mask)
+    place = _image_position(x_position, image)
     e, n, m, device = p.expressions, p.tokens, p.cells, x.device
     out = torch.empty(p.images, p.prompts, m, p.dim, dtype=x.dtype, device=device)
     scale = _LOG2_E / math.sqrt(p.head_dim)
     groups = p.group, e if _is_common(place) else p.group
-    grid = triton.cdiv(m, plan.block_cells), e
+    grid = ceil(m, plan.block_cells), e
     close = w.out_bias, w.norm_weight, w.norm_bias, _contiguous(after), out
-    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    variants = write_variants(p, plan, mask=mask is not None, after=after is not None)
     if plan.folded:
-        folded, value = (
-            torch.empty(e, p.heads, n, p.dim, dtype=x.dtype, device=device) for _ in range(2)
-        )
+        folded, value = (torch.empty(e, p.heads, n, p.dim, dtype=x.dtype, device=device) for _ in range(2))
         bias = torch.empty(e, p.heads, n, dtype=torch.float32, device=device)
         position, stride = _token_position(y_position, tokens)
-        fold_tokens[(p.heads, triton.cdiv(n, _TOKEN_BLOCK), e)](
+        fold_tokens[(p.heads, ceil(n, TOKEN_BLOCK), e)](
             tokens, position, keep, w.k_weight, w.k_bias, w.q_weight, w.q_bias, w.v_weight, w.v_bias,
-            w.out_weight, folded, bias, value, n, scale, stride, H=p.heads, D=p.head_dim, C=p.dim,
-            BT=_TOKEN_BLOCK, HAS_MASK=mask is not None, HAS_VALUES=True,
+            w.out_weight, folded, bias, value, n, scale, stride, **_options(variants["fold"]),
         )  # fmt: skip
         write_folded[grid](
-            image, place, folded, bias, value, *close, n, m, eps, *groups, H=p.heads, C=p.dim,
-            BM=plan.block_cells, BN=plan.block_tokens, HAS_AFTER=after is not None, **options,
-        )  # fmt: skip
+            image, place, folded, bias, value, *close, n, m, eps, *groups, **_options(variants["write"])
+        )
     else:
         k = F.linear(tokens + y_position, w.k_weight, w.k_bias).contiguous()
         v = F.linear(tokens, w.v_weight, w.v_bias).contiguous()
         write_heads[grid](
             image, place, w.q_weight, w.q_bias, k, v, keep, w.out_weight, *close, n, m, scale, eps, *groups,
-            H=p.heads, D=p.head_dim, C=p.dim, BM=plan.block_cells, BN=plan.block_tokens,
-            BLOCKS=triton.cdiv(n, plan.block_tokens), HAS_MASK=mask is not None, HAS_AFTER=after is not None, **options,
+            **_options(variants["write"]),
         )  # fmt: skip
     return out
+
+
+def _options(variant: Variant) -> dict[str, Any]:
+    return {**variant.constants, "num_warps": variant.warps, "num_stages": variant.stages}
 
 
 def _token_position(position: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
@@ -144,6 +152,11 @@ def _token_position(position: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
     if _is_common(position):
         return position.contiguous(), 0
     return position.expand_as(tokens).contiguous(), tokens.shape[-2] * tokens.shape[-1]
+
+
+def _image_position(position: Tensor, image: Tensor) -> Tensor:
+    """The cells' positions: f[M, C] for all images, or one for each image that lies in memory."""
+    return position.contiguous() if _is_common(position) else position.expand_as(image).contiguous()
 
 
 def _is_common(position: Tensor) -> bool:

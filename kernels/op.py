@@ -3,9 +3,9 @@
 `prompt_feature_attention` is what models call. It chooses between `torch.ops.ppcr.prompt_feature_attention`,
 which compilers and exporters see as one node, and the reference written out in standard operators:
 
-    auto   the op on a CUDA device of compute capability 8.0 or newer with Triton, in fp32, fp16 or bf16 without
-           autocast, at widths the kernels have tiles for; else the reference (the default)
-    op     always the op; on a CPU it computes the reference
+    auto   (the default) the op on a CUDA device with Triton, in fp32, fp16 or bf16 without autocast, at
+           widths the kernels have tiles for; else the reference
+    op     always the op; on a CPU, and below compute capability 8.0, it computes the reference
     off    always the reference
 
 The environment variable PPCR_KERNELS sets the mode at start, `using` changes it for a while.
@@ -19,7 +19,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_n
 
 VARIABLE = "PPCR_KERNELS"
 MODES = ("auto", "op", "off")
+_CAPABILITY = (8, 0)
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _mode = os.environ.get(VARIABLE, "auto")
 if _mode not in MODES:
@@ -73,29 +74,26 @@ def prompt_feature_attention(
     """
     if direction not in DIRECTIONS:
         raise ValueError(f"no direction {direction!r}: must be one of {', '.join(DIRECTIONS)}")
-    if _mode == "op" or (_mode == "auto" and _suits((x, x_position, y, y_position, *weights), heads)):
+    widths = x.shape[-1], heads, weights.q_weight.shape[0] // heads
+    if takes((x, x_position, y, y_position, *weights)) and (_mode == "op" or fits(*widths)):
         out: Tensor = _op(x, x_position, y, y_position, *weights, mask, after, direction, heads, eps)
         return out
-    return attend_and_norm(
-        x, x_position, y, y_position, weights, direction=direction, heads=heads, eps=eps, mask=mask, after=after
-    )
+    given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
+    return attend_and_norm(x, x_position, y, y_position, weights, **given)  # type: ignore[arg-type]
 
 
-def _suits(tensors: tuple[Tensor, ...], heads: int) -> bool:
-    x, inner = tensors[0], tensors[4].shape[0]
-    return (
-        x.is_cuda
-        and x.dtype in _DTYPES
-        and all(t.dtype == x.dtype for t in tensors)
-        and not torch.is_autocast_enabled("cuda")
-        and fits(x.shape[-1], heads, inner // heads)
-        and _has_triton(x.device.index)
-    )
+def takes(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the mode, and in mode auto device and dtypes, send a call on `tensors` to an op."""
+    if _mode != "auto":
+        return _mode == "op"
+    x = tensors[0]
+    alike = x.dtype in _DTYPES and all(t.dtype == x.dtype for t in tensors)
+    return x.is_cuda and _HAS_TRITON and alike and not torch.is_autocast_enabled("cuda")
 
 
-@cache
-def _has_triton(device: int | None) -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernels run where `x` lies; asked inside the ops, which no compiler looks into."""
+    return x.is_cuda and _HAS_TRITON and torch.cuda.get_device_capability(x.device) >= _CAPABILITY
 
 
 @torch.library.custom_op("ppcr::prompt_feature_attention", mutates_args=())
@@ -109,7 +107,7 @@ def _op(
         q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, norm_weight, norm_bias
     )
     given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
-    if x.is_cuda and fits(x.shape[-1], heads, q_weight.shape[0] // heads) and _has_triton(x.device.index):
+    if runs_on(x) and fits(x.shape[-1], heads, q_weight.shape[0] // heads):
         from kernels.launch import run
 
         return run(x, x_position, y, y_position, weights, **given)
@@ -145,7 +143,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     def forward(*given: Tensor) -> Tensor:
         x, x_position, y, y_position, *weights = given
         return attend_and_norm(
-            x, x_position, y, y_position, Weights(*weights), direction=direction, heads=heads, eps=eps, mask=mask
+            x,
+            x_position,
+            y,
+            y_position,
+            Weights(*weights),
+            direction=direction,
+            heads=heads,
+            eps=eps,
+            mask=mask,
         )
 
     _, pull_back = torch.func.vjp(forward, *tensors)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 HEAD_DIMS = (16, 32, 64)
 MAX_WIDTH = 256
+MAX_TOKENS = 64
+"""Most tokens whose attention among themselves is one tile; more are left to plain torch."""
+
 BALANCE = 180
 """FLOPs of 16-bit matrix work in the time of one byte of memory traffic (H200: 790 TFLOP/s, 4.3 TB/s)."""
 
@@ -91,16 +94,16 @@ def plan_read(problem: Problem, processors: int = 132) -> ReadPlan:
     if folded:
         block_rows = tile(rows, most=32 if wide else 64)
         block_cells = 16 if wide and p.dim > 128 else 32 if wide or p.dim > 128 else 64
+        warps = 8  # four would spill a few registers at 128 columns on sm_80 and sm_120
         row_blocks = ceil(rows, block_rows) * p.features
     else:
         rows = p.group * p.tokens
-        block_rows, block_cells = tile(rows, most=64), 32 if wide else 64
+        block_rows, block_cells, warps = tile(rows, most=64), 32 if wide else 64, 4
         row_blocks = ceil(rows, block_rows) * p.features * p.heads
     # Two programs for each processor, but no chunk without a cell.
     blocks = ceil(p.cells, block_cells)
     splits = min(blocks, max(1, 2 * processors // row_blocks))
     chunk = ceil(blocks, splits) * block_cells
-    warps = 4 if folded or not wide else 2
     return ReadPlan(folded, rows, block_rows, block_cells, ceil(p.cells, chunk), chunk, warps, 2)
 
 
@@ -110,8 +113,10 @@ def plan_write(problem: Problem) -> WritePlan:
     wide = p.itemsize == 4
     block_tokens = tile(p.tokens, most=64)
     folded = p.tokens <= block_tokens <= p.head_dim
-    block_cells = 16 if wide else 64
-    return WritePlan(folded, block_cells, block_tokens, 8 if p.dim > 128 else 4, 1 if wide else 2)
+    # Half the cells where accumulators, queries and weights together would not fit the registers.
+    block_cells = 16 if wide else 32 if not folded and p.dim > 128 else 64
+    warps = 4 if folded and p.dim <= 128 else 8
+    return WritePlan(folded, block_cells, block_tokens, warps, 1 if wide else 2)
 
 
 def tile(count: int, *, most: int) -> int:
@@ -122,3 +127,80 @@ def tile(count: int, *, most: int) -> int:
 def ceil(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+TOKEN_BLOCK, SPLIT_BLOCK = 16, 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled form of a kernel: its constants, warps and pipeline stages."""
+
+    kernel: str
+    constants: dict[str, int | bool]
+    warps: int = 4
+    stages: int = 2
+
+
+def read_variants(
+    p: Problem, plan: ReadPlan, *, mask: bool = False, after: bool = False
+) -> dict[str, Variant]:
+    """The kernels that run `plan`, in order."""
+    widths = {"H": p.heads, "D": p.head_dim}
+    blocks = {"BR": plan.block_rows, "BM": plan.block_cells, "CHUNK": plan.chunk}
+    closing = {
+        "C": p.dim,
+        "BT": TOKEN_BLOCK,
+        "BJ": min(64, p.inner),
+        "SPLITS": plan.splits,
+        "BS": SPLIT_BLOCK,
+    }
+    closing |= {"HAS_MASK": mask, "HAS_AFTER": after}
+    merge = Variant("merge", widths | closing, 8)
+    if not plan.folded:
+        return {"read": Variant("read_heads", widths | blocks, plan.warps, plan.stages), "merge": merge}
+    wide = widths | blocks | {"C": p.dim, "BV": min(64, p.inner)}
+    return {
+        "fold": _fold(p, mask, values=False),
+        "read": Variant("read_folded", wide, plan.warps, plan.stages),
+        "merge": merge,
+    }
+
+
+def write_variants(
+    p: Problem, plan: WritePlan, *, mask: bool = False, after: bool = False
+) -> dict[str, Variant]:
+    """The kernels that run `plan`, in order."""
+    blocks = {"H": p.heads, "C": p.dim, "BM": plan.block_cells, "BN": plan.block_tokens, "HAS_AFTER": after}
+    if plan.folded:
+        write = Variant("write_folded", dict(blocks), plan.warps, plan.stages)
+        return {"fold": _fold(p, mask, values=True), "write": write}
+    more = {"D": p.head_dim, "BLOCKS": ceil(p.tokens, plan.block_tokens), "HAS_MASK": mask}
+    return {"write": Variant("write_heads", blocks | more, plan.warps, plan.stages)}
+
+
+def _fold(p: Problem, mask: bool, *, values: bool) -> Variant:
+    sizes = {"H": p.heads, "D": p.head_dim, "C": p.dim, "BT": TOKEN_BLOCK}
+    return Variant("fold_tokens", sizes | {"HAS_MASK": mask, "HAS_VALUES": values})
+
+
+def token_variants(tokens: int, dim: int, heads: int, hidden: int, itemsize: int) -> dict[str, Variant]:
+    """The kernels of the tokens' own steps: attention among `tokens`, and an MLP `hidden` wide."""
+    attend = {"H": heads, "D": dim // heads, "C": dim, "BN": tile(tokens, most=MAX_TOKENS)}
+    mlp = {"C": dim, "HIDDEN": hidden, "BT": TOKEN_BLOCK, "BJ": min(hidden, 32 if itemsize == 4 else 64)}
+    stages = 1 if itemsize == 4 else 2
+    return {
+        "attend": Variant("attend_tokens", attend, 8, stages),
+        "mlp": Variant("mlp_tokens", mlp, 8, stages),
+    }
+
+
+def launches(p: Problem, plan: ReadPlan | WritePlan) -> int:
+    """Kernels that one call of the op starts: ours, and without folding the token or image projections.
+
+    Prompt to image then projects queries, keys and values and adds two positions; image to prompt projects
+    keys and values and adds one.
+    """
+    if isinstance(plan, ReadPlan):
+        return len(read_variants(p, plan)) + (0 if plan.folded else 5)
+    return len(write_variants(p, plan)) + (0 if plan.folded else 3)

@@ -1,9 +1,9 @@
 """Prompt tokens read image cells: split over the cells, then one stable merge of the splits.
 
 Few queries cannot fill a GPU, so each program takes a chunk of the image (split-K). A chunk leaves its own
-normalised answer and the log2 of its sum of exponentials; the merge weighs the answers by those and closes with
-the output projection, the residual and the LayerNorm. Partial answers are f32[E, splits, N, H*D] and their
-logarithms f32[E, splits, N, H], for E expressions of all images together.
+normalised answer and the log2 of its sum of exponentials; the merge weighs the answers by those and closes
+with the output projection, the residual and the LayerNorm. Partial answers are f32[E, splits, N, H*D] and
+their logarithms f32[E, splits, N, H], for E expressions of all images together.
 
 Bounds of loops are constants: Triton's interpreter takes no others, and a model has few different sizes.
 """
@@ -64,8 +64,8 @@ def read_heads(
 ):  # fmt: skip
     """Projected queries over projected keys and values; grid (row blocks, splits, images * heads).
 
-    q f[images, rows, H*D], the rows of an image being (expression of its group, token); k, v f[images, M, H*D],
-    without the value's bias, which the merge adds.
+    q f[images, rows, H*D], the rows of an image being (expression of its group, token); k, v f[images, M,
+    H*D], without the value's bias, which the merge adds.
     """
     i_s, i_h = tl.program_id(1), tl.program_id(2) % H
     i_g = (tl.program_id(2) // H).to(tl.int64)
@@ -93,43 +93,51 @@ def read_heads(
 @triton.jit
 def merge(
     p_part, p_lse, p_bv, p_wo, p_bo, p_x, p_gamma, p_beta, p_mask, p_after, p_out, N, eps,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BT: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
     SPLITS: tl.constexpr, BS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_AFTER: tl.constexpr,
 ):  # fmt: skip
     """Splits to LayerNorm(x + out(attention)); grid (token blocks, expressions).
 
-    The logarithms are spread over the columns of their head, so that weighing is elementwise and BS splits are
-    taken at once: a chain of a few loads, not one for each split and head.
+    The logarithms are spread over the columns of their head, so that weighing is elementwise and BS splits
+    are taken at once: a chain of a few loads, not one for each split and head. BJ columns are merged at a
+    time and go into the output projection at once.
     """
     i_e = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BT + tl.arange(0, BT)
-    c, j = tl.arange(0, C), tl.arange(0, H * D)
+    n, c = tl.program_id(0) * BT + tl.arange(0, BT), tl.arange(0, C)
     inside = n < N
     safe = tl.minimum(n, N - 1)  # rows past the end repeat the last one and are not stored
-    m_i = tl.full([BT, H * D], float("-inf"), tl.float32)
-    l_i = tl.zeros([BT, H * D], tl.float32)
-    acc = tl.zeros([BT, H * D], tl.float32)
-    for start in range(0, SPLITS, BS):
-        s = start + tl.arange(0, BS)
-        row = ((i_e * SPLITS + s)[:, None] * N + safe[None, :])[:, :, None]  # [BS, BT, 1]
-        there = (s < SPLITS)[:, None, None]
-        lse = tl.load(p_lse + row * H + (j // D)[None, None, :], mask=there, other=float("-inf"))
-        part = tl.load(p_part + row * (H * D) + j[None, None, :], mask=there, other=0.0)
-        m_new = tl.maximum(m_i, tl.max(lse, 0))
-        share = tl.exp2(lse - m_new[None, :, :])
-        before = tl.exp2(m_i - m_new)
-        l_i = l_i * before + tl.sum(share, 0)
-        acc = acc * before + tl.sum(share * part, 0)
-        m_i = m_new
-    o = acc / l_i + tl.load(p_bv + j).to(tl.float32)[None, :]
-    wo = tl.load(p_wo + c[None, :] * (H * D) + j[:, None])  # [H*D, C]
+    # Narrow offsets from a wide base: pointers of 64 bits for every element would spill.
+    p_part_e = p_part + i_e * SPLITS * N * (H * D)
+    p_lse_e = p_lse + i_e * SPLITS * N * H
+    y = tl.zeros([BT, C], tl.float32)
+    for first in range(0, H * D, BJ):
+        j = first + tl.arange(0, BJ)
+        m_i = tl.full([BT, BJ], float("-inf"), tl.float32)
+        l_i = tl.zeros([BT, BJ], tl.float32)
+        acc = tl.zeros([BT, BJ], tl.float32)
+        for start in range(0, SPLITS, BS):
+            s = start + tl.arange(0, BS)
+            row = (s[:, None] * N + safe[None, :])[:, :, None]  # [BS, BT, 1]
+            there = (s < SPLITS)[:, None, None]
+            lse = tl.load(p_lse_e + row * H + (j // D)[None, None, :], mask=there, other=float("-inf"))
+            part = tl.load(p_part_e + row * (H * D) + j[None, None, :], mask=there, other=0.0)
+            m_new = tl.maximum(m_i, tl.max(lse, 0))
+            share = tl.exp2(lse - m_new[None, :, :])
+            before = tl.exp2(m_i - m_new)
+            l_i = l_i * before + tl.sum(share, 0)
+            acc = acc * before + tl.sum(share * part, 0)
+            m_i = m_new
+        o = acc / l_i + tl.load(p_bv + j).to(tl.float32)[None, :]
+        wo = tl.load(p_wo + c[None, :] * (H * D) + j[:, None])  # [BJ, C]
+        y = dot_add(o.to(wo.dtype), wo, y)
     valid = inside
     if HAS_MASK:
         valid = valid & (tl.load(p_mask + i_e * N + n, mask=inside, other=0) != 0)
     at = (i_e * N + n)[:, None] * C + c[None, :]
-    y = tl.load(p_x + at, mask=valid[:, None], other=0.0).to(tl.float32)
-    y += dot(o.to(wo.dtype), wo) + tl.load(p_bo + c).to(tl.float32)[None, :]
+    y += tl.load(p_x + at, mask=valid[:, None], other=0.0).to(tl.float32)
+    y += tl.load(p_bo + c).to(tl.float32)[None, :]
     y = tl.where(valid[:, None], norm(y, p_gamma, p_beta, eps, C), 0.0)
     if HAS_AFTER:
+        y = y.to(p_out.dtype.element_ty).to(tl.float32)  # torch rounds between the norm and the sum
         y += tl.load(p_after + at, mask=inside[:, None], other=0.0).to(tl.float32)
     tl.store(p_out + at, y.to(p_out.dtype.element_ty), mask=inside[:, None])

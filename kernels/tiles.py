@@ -37,17 +37,17 @@ def add(a, b):
 
 
 @triton.jit
-def online(scores, m, l):
-    """One step of a softmax over log2 scores [R, S], with running maximum m[R] and sum l[R].
+def online(scores, top, total):
+    """One step of a softmax over log2 scores [R, S], with the maximum and sum so far, top[R] and total[R].
 
-    Returns shares relative to the new maximum, the factor for what was summed before, and the new m and l.
-    A row that has met nothing but -inf keeps zero shares.
+    Returns shares relative to the new maximum, the factor for what was summed before, and the new top and
+    total. A row that has met nothing but -inf keeps zero shares.
     """
-    m_new = tl.maximum(m, tl.max(scores, 1))
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(scores - m_safe[:, None])
-    before = tl.exp2(m - m_safe)
-    return p, before, m_new, l * before + tl.sum(p, 1)
+    highest = tl.maximum(top, tl.max(scores, 1))
+    safe = tl.where(highest == float("-inf"), 0.0, highest)
+    p = tl.exp2(scores - safe[:, None])
+    before = tl.exp2(top - safe)
+    return p, before, highest, total * before + tl.sum(p, 1)
 
 
 @triton.jit

@@ -46,7 +46,7 @@ ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
 }
 
 # Rooms of the design that may still be empty.
-LATER = frozenset({"kernels", "ppcr.evaluation"})
+LATER = frozenset({"ppcr.evaluation"})
 
 # What importing these (and, with them, everything they import at module level) must not load.
 LIGHT: dict[str, frozenset[str]] = {
@@ -56,7 +56,9 @@ LIGHT: dict[str, frozenset[str]] = {
     "runtime.pipeline": TRAINED_WITH | ENGINES,
     "runtime.infer": TRAINED_WITH | ENGINES,
     "ppcr.compose": TRAINED_WITH | ENGINES,
-    "kernels": frozenset({"triton", "transformers"}),
+    "kernels": frozenset({"torch", "triton", "transformers"}),
+    "kernels.op": frozenset({"triton", "transformers"}),
+    "kernels.token_op": frozenset({"triton", "transformers"}),
     "export.build_engines": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},
     "benchmarks.latency": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},
     "benchmarks.accuracy": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kernels.op import prompt_feature_attention
 from kernels.reference import IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights
+from kernels.token_op import token_attention, token_mlp
 from ppcr.model.image_encoder import ImageFeatures
 from ppcr.model.layers import Mlp, Norm, TokenAttention
 from ppcr.model.prompt_encoder import EncodedPrompts
@@ -30,13 +31,13 @@ class CellFeatures(NamedTuple):
 class PromptFeatureAttention(nn.Module):
     """Attention between a few prompt tokens and many image cells, with the residual and norm that close it.
 
-    The one place where prompts meet image features, in either direction: prompt to image (skinny queries, long
-    keys) and image to prompt (long queries, skinny keys). The inner width heads * head_dim is narrower than the
-    model. `kernels.op` runs it: fused on a GPU, standard operators elsewhere and in exported graphs.
+    The one place where prompts meet image features, in either direction: prompt to image (skinny queries,
+    long keys) and image to prompt (long queries, skinny keys). The inner width heads * head_dim is narrower
+    than the model. `kernels.op` runs it: fused on a GPU, standard operators elsewhere and in exported graphs.
 
     Shapes: x f[B, K or 1, Q, C] with x_position like x or f[Q, C] reads y f[B, K or 1, N, C] with y_position;
-    `norm` closes, `after` f[B, K, Q, C] is added to the result f[B, K, Q, C]. A dimension of 1 is shared by all
-    prompts of an image: it is never copied.
+    `norm` closes, `after` f[B, K, Q, C] is added to the result f[B, K, Q, C]. A dimension of 1 is shared by
+    all prompts of an image: it is never copied.
     """
 
     def __init__(self, dim: int, heads: int, head_dim: int, direction: str) -> None:
@@ -55,10 +56,8 @@ class PromptFeatureAttention(nn.Module):
         norm: nn.LayerNorm,
         after: Tensor | None = None,
     ) -> Tensor:
-        layers = self.q, self.k, self.v, self.out, norm
-        weights = Weights(*(t for layer in layers for t in (layer.weight, layer.bias)))
         return prompt_feature_attention(
-            x, x_position, y, y_position, weights,
+            x, x_position, y, y_position, _weights(self, norm),
             direction=self.direction, heads=self.heads, eps=norm.eps, after=after,
         )  # fmt: skip
 
@@ -89,15 +88,21 @@ class TwoWayLayer(nn.Module):
         _, after_image, after_mlp, after_prompt = self.norms
         tokens = self.among_tokens(tokens, token_position)
         tokens = self.prompt_to_image(tokens, token_position, image, cell_position, after_image)
-        tokens = after_mlp(tokens + self.mlp(tokens))
+        first, _, second = self.mlp
+        tokens = token_mlp(
+            tokens, first.weight, first.bias, second.weight, second.bias, (after_mlp.weight, after_mlp.bias),
+            eps=after_mlp.eps,
+        )  # fmt: skip
         image = self.image_to_prompt(image, cell_position, tokens, token_position, after_prompt, dense)
         return tokens, image
 
     def among_tokens(self, tokens: Tensor, position: Tensor) -> Tensor:
         """The layer's first step: f[B, K, M, C] twice -> f[B, K, M, C]."""
-        placed = tokens + position
-        normed: Tensor = self.norms[0](tokens + self.self_attention(placed, placed, tokens))
-        return normed
+        norm = self.norms[0]
+        return token_attention(
+            tokens, position, _weights(self.self_attention, norm),
+            heads=self.self_attention.heads, eps=norm.eps,
+        )  # fmt: skip
 
 
 class MaskDecoder(nn.Module):
@@ -140,7 +145,8 @@ class MaskDecoder(nn.Module):
         high_0 = quarters(self.skip_0(rows(features.high_res_0)), self.grid)
         high_1 = sixteenths(self.skip_1(rows(features.high_res_1)), self.grid)
         return CellFeatures(
-            rows(features.image_features).unsqueeze(1),
+            # Laid out by cells once, not by every kernel that reads it.
+            rows(features.image_features).contiguous().unsqueeze(1),
             high_0 + self.up_0.bias.view(4, c0),
             high_1 + self.up_1.bias.view(4, c1),
         )
@@ -171,6 +177,11 @@ class MaskDecoder(nn.Module):
         x = x.flatten(2, 4)  # [B, K, N*16, C1]
         logits = x @ weights[..., :c1, None] + weights[..., None, c1:]  # [B, K, N*16, 1]
         return spread(logits, self.grid)
+
+
+def _weights(attention: PromptFeatureAttention | TokenAttention, norm: nn.LayerNorm) -> Weights:
+    layers = attention.q, attention.k, attention.v, attention.out, norm
+    return Weights(*(t for layer in layers for t in (layer.weight, layer.bias)))
 
 
 def rows(x: Tensor) -> Tensor:
