@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="P[,P]",
         help=f"of {', '.join(PRECISIONS)}, and around a public MLLM of {', '.join(PRETRAINED_PRECISIONS)}; "
         f"the first is the bundle's default (default: {', '.join(PRECISIONS)}, or there "
-        f"{', '.join(PRETRAINED_DEFAULT)}); with --target one of {', '.join(_ENGINE_PRECISIONS)} (default: fp16)",
+        f"{', '.join(PRETRAINED_DEFAULT)}); with --target one of {', '.join(_ENGINE_PRECISIONS)} "
+        f"(default: fp16)",
     )
     out.add_argument(
         "--target",

@@ -183,10 +183,10 @@ class TurnMLLM:
     def __init__(self, client: Client, bundle: Bundle) -> None:
         self._client, self._bundle = client, bundle
 
-    def encode_image(self, patches: Float32Array) -> Image.Image:
+    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Image.Image:
         """The image that ``patches`` were cut from: the engine's own processor cuts it again."""
         config = self._bundle.config.mllm
-        height, width = config.image_size
+        height, width = size or config.image_size
         unit, merge = config.patch * config.merge, config.merge
         shape = (height // unit, width // unit, merge, merge, 3, config.temporal, config.patch, config.patch)
         grid = patches.reshape(shape)[:, :, :, :, :, 0]
@@ -194,7 +194,13 @@ class TurnMLLM:
         colours = (pixels * np.asarray(config.std) + np.asarray(config.mean)) * 255
         return Image.fromarray(np.rint(colours).clip(0, 255).astype(np.uint8))
 
-    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> TurnContext:
+    def open(
+        self,
+        max_length: int | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> TurnContext:
         """A conversation that begins with ``prefix``. What is computed for it is kept by the engine."""
         most = self._bundle.manifest.shapes.max_length
         if max_length is not None and not 0 < max_length <= most:

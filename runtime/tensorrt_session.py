@@ -34,6 +34,8 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     manifest, shapes = bundle.manifest, bundle.manifest.shapes
     if shapes.deepstack:
         raise BundleError(f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}")
+    if len(bundle.config.mllm.sizes) > 1:
+        raise BundleError(f"this engine takes images of one size, this bundle has several: {REBUILD}")
     entries: dict[str, EngineEntry] = manifest.engine_set(device.target)
     for entry in entries.values():
         require_loadable(entry, manifest, bundle.folder, library, device)
@@ -71,7 +73,7 @@ class TensorRTMLLM:
         self._prefixes: dict[tuple[int, ...], list[DeviceMemory]] = {}
         self._free = [self._slot()]  # the first conversation finds everything bound and captured
 
-    def encode_image(self, patches: Float32Array) -> DeviceFeatures:
+    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> DeviceFeatures:
         """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden] on the GPU."""
         with self._lock:
             features = self._vision.memory("image_features")
@@ -83,7 +85,13 @@ class TensorRTMLLM:
             self._stream.wait()
         return DeviceFeatures({"image_features": features}, ready)
 
-    def open(self, max_length: int | None = None, *, prefix: Sequence[int] = ()) -> TensorRTContext:
+    def open(
+        self,
+        max_length: int | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> TensorRTContext:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on.
 
         Its cache is that of a conversation that ended, or a new one.

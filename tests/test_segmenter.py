@@ -89,7 +89,8 @@ def test_default_size_matches_contract() -> None:
     full = Segmenter().eval()
     assert 1.5e6 < sum(p.numel() for p in full.parameters()) < 3e6
     features = full.encode(torch.zeros(1, 3, 256, 256))
-    assert [tuple(f.shape) for f in features] == [(1, 1, 1024, 128), (1, 1, 1024, 4, 32), (1, 1, 1024, 4, 4, 16)]
+    shapes = [(1, 1, 1024, 128), (1, 1, 1024, 4, 32), (1, 1, 1024, 4, 4, 16)]
+    assert [tuple(f.shape) for f in features] == shapes
     masks, scores = full.decode(features, *prompts(2))
     assert masks.shape == (2, 128, 128) and scores.shape == (2,)
     directions = {
