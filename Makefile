@@ -56,7 +56,7 @@ $(VENV)/.export: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c $(CONSTRAINTS) -e '.[export,train,dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[export,train,tensorrt,dev]'
 	@touch $@ $(VENV)/.export
 
 demo: $(VENV)/.export

@@ -1,5 +1,8 @@
 """``python benchmarks/accuracy.py --split test``: how well a bundle segments scenes it has never seen.
 
+With ``--photos DIR`` the examples are photographs of a folder (`benchmarks.photos`), and with ``--given
+spatial`` their true boxes stand for stages 1 and 2: the segmenter by itself.
+
 Prints what was evaluated and under which protocol, figures by kind of expression, with --ablate the four ways
 to prompt on the same examples, and as last line one JSON object.
 """
@@ -19,7 +22,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 from tqdm import tqdm
 
-from benchmarks import machine, results
+from benchmarks import machine, photos, results
 from benchmarks.ablation import BOTH, VARIANTS, best
 from benchmarks.examples import SIZE, examples
 from benchmarks.systems import Engine, Reference, System
@@ -52,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--precision", choices=PRECISIONS, default=AUTO, help="default: what the bundle says")
     made.add_argument("--split", choices=[s for s in SPLITS if s != "train"], default="test")
     made.add_argument("--limit", type=int, default=1000, metavar="N", help="scenes, one expression each")
+    made.add_argument("--photos", type=Path, metavar="DIR", help="photographs of a folder instead of scenes")
+    made.add_argument(
+        "--given", choices=photos.GIVEN, help="with --photos: the true boxes stand for stages 1 and 2"
+    )
     made.add_argument("--ablate", action="store_true", help="compare the four ways to prompt as well")
     made.add_argument("--protocol", choices=_PROTOCOLS, default="default", help="how masks are compared")
     made.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
@@ -71,15 +78,27 @@ def _accuracy(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         raise UsageError(f"--limit must be 1 or more, not {arguments.limit}")
     if arguments.checkpoint is not None and arguments.precision != AUTO:
         raise UsageError("--precision belongs to a bundle: the torch reference runs in fp32")
+    if arguments.given is not None and arguments.photos is None:
+        raise UsageError("--given belongs to --photos")
+    if arguments.ablate and arguments.photos is not None:
+        raise UsageError("--ablate compares on scenes: leave out --photos or --ablate")
     protocol = PROTOCOLS[arguments.protocol]
+    listed = None if arguments.photos is None else photos.read(arguments.photos)[: arguments.limit]
     system = load(arguments)
     variants = list(VARIANTS) if arguments.ablate else [BOTH]
-    print(f"system    {system.name}")
+    split = arguments.split if listed is None else "photos"
     what = f"{arguments.limit} scenes of split {arguments.split!r}, {SIZE}x{SIZE}, one expression each"
+    if listed is not None:
+        given = "all stages" if arguments.given is None else "the true boxes given"
+        what = f"{len(listed)} expressions on photographs, {given}"
+    print(f"system    {system.name}")
     print(f"examples  {what}")
     print(f"protocol  {protocol}")
     start = time.perf_counter()
-    cases = evaluate(system, arguments.split, arguments.limit, variants, protocol)
+    if listed is None:
+        cases = evaluate(system, arguments.split, arguments.limit, variants, protocol)
+    else:
+        cases = {BOTH: photos.evaluate(system, listed, protocol, given=arguments.given)}
     seconds = time.perf_counter() - start
     figures = {name: summarise(listed, protocol) for name, listed in cases.items()}
     kinds = by_kind(cases[BOTH], protocol)
@@ -88,7 +107,8 @@ def _accuracy(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     result: dict[str, Any] = {
         "benchmark": "accuracy",
         "system": system.name,
-        "split": arguments.split,
+        "split": split,
+        **({} if listed is None else {"given": arguments.given}),
         **figures[BOTH].to_json(),
         "kinds": {kind: brief(one) for kind, one in kinds.items()},
     }
@@ -96,7 +116,7 @@ def _accuracy(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         print("", *ablation_table(cases, figures, protocol), sep="\n")
         result["ablation"] = {name: one.to_json() for name, one in figures.items()}
         result["best"] = best(figures)
-    print(f"\n{seconds:.1f} s, rendering included")
+    print(f"\n{seconds:.1f} s, {'rendering' if listed is None else 'reading'} included")
     if arguments.save is not None:
         results.save(arguments.save, "accuracy.py", words, machine.describe(), result)
     print(json.dumps({**result, "versions": machine.versions()}))

@@ -84,7 +84,7 @@ def flops(pipeline: ReferencePipeline, talk: Conversation) -> dict[str, dict[str
         encoder = counted(lambda: segmenter.encode(pixels))
         features = segmenter.encode(pixels)
         prompts = torch.zeros(1, 4), torch.zeros(1, 2), torch.ones(1), text, mask_text
-        decoder = counted(lambda: segmenter.decode(features, *prompts))
+        decoder = counted(lambda: segmenter.decode(features, *prompts))  # type: ignore[arg-type]
     two = talk.whole - talk.first
 
     def read(start: float, count: float, answer: float) -> float:

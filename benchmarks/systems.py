@@ -6,7 +6,7 @@ out, which is what the ablation asks for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,11 +15,12 @@ import numpy.typing as npt
 
 from ppcr import images, masks
 from ppcr.config import PPCRConfig
+from ppcr.framing import Framing
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from ppcr.tensors import RowTable
 from ppcr.tokenizer import PromptTokenizer
 from runtime.pipeline import Pipeline
-from runtime.session import Prompts
+from runtime.session import Features, Prompts
 
 if TYPE_CHECKING:
     from ppcr.model.reference import ReferencePipeline
@@ -78,7 +79,9 @@ class EngineView:
     """`View` of a bundle's engine."""
 
     def __init__(self, pipeline: Pipeline, image: UInt8Image) -> None:
-        self._pipeline, self._image = pipeline, image
+        self._pipeline, self._framing = pipeline, framing_of(image, pipeline.bundle.config)
+        self._pixels = self._framing.pixels(image)
+        self._features: Features | None = None
         self._scene = pipeline.open(image)
 
     def answer(self, expression: str, semantic: SemanticPrompt | None = None) -> Answer:
@@ -90,8 +93,9 @@ class EngineView:
         prompts = segmenter_prompts(
             semantic, spatial, bundle.tokenizer, bundle.embedding, bundle.manifest.shapes.max_text
         )
-        features = segmenter.encode(segmenter_pixels(self._image, bundle.config))
-        return whole(segmenter.decode(features, prompts)[0], self._image)
+        if self._features is None:
+            self._features = segmenter.encode(self._pixels)
+        return whole(segmenter.decode(self._features, placed(prompts, self._framing))[0], self._framing)
 
 
 class Reference:
@@ -132,11 +136,13 @@ class ReferenceView:
         import torch
 
         pipeline = self._pipeline
+        framing = framing_of(self._image, pipeline.config)
         table = pipeline.mllm.get_input_embeddings().weight.detach().cpu().numpy()
         prompts = segmenter_prompts(
             semantic, spatial, pipeline.tokenizer, table, pipeline.segmenter.config.max_text
         )
-        pixels = segmenter_pixels(self._image, pipeline.config)[None]
+        prompts = placed(prompts, framing)
+        pixels = framing.pixels(self._image)[None]
         arrays = (
             prompts.boxes,
             prompts.points,
@@ -147,8 +153,8 @@ class ReferenceView:
         with torch.inference_mode():
             features = pipeline.segmenter.encode(torch.from_numpy(pixels).to(pipeline.device))
             given = (torch.from_numpy(array).to(pipeline.device) for array in arrays)
-            logits, _ = pipeline.segmenter.decode(features, *given)
-        return whole(logits.cpu().numpy(), self._image)
+            logits, _ = pipeline.segmenter.decode(features, *given)  # type: ignore[arg-type]
+        return whole(logits.cpu().numpy(), framing)
 
     def _locate(self, expression: str, semantic: SemanticPrompt) -> SpatialPrompt:
         import torch
@@ -192,13 +198,16 @@ def segmenter_prompts(
     )
 
 
-def segmenter_pixels(image: UInt8Image, config: PPCRConfig) -> Float32Array:
-    """uint8 [H, W, 3] to the segmenter's input f32 [3, S, S]."""
-    small = images.resize(image, config.segmenter.image_size)
-    return images.normalise(small, config.segmenter.mean, config.segmenter.std)
+def framing_of(image: UInt8Image, config: PPCRConfig) -> Framing:
+    """Where an image uint8 [H, W, 3] lies in the segmenter's input."""
+    return Framing.of((image.shape[0], image.shape[1]), config.segmenter)
 
 
-def whole(logits: Float32Array, image: UInt8Image) -> BoolMask:
+def placed(prompts: Prompts, framing: Framing) -> Prompts:
+    """The same prompts, boxes and points moved from 0..1 of the image to 0..1 of the segmenter's input."""
+    return replace(prompts, boxes=framing.place(prompts.boxes), points=framing.place(prompts.points))
+
+
+def whole(logits: Float32Array, framing: Framing) -> BoolMask:
     """Mask logits f32 [K, h, w] of all instances to one bool [H, W] at the image's size."""
-    height, width = image.shape[:2]
-    return masks.union(np.stack([masks.mask_from_logits(one, (height, width)) for one in logits]))
+    return masks.union(np.stack([framing.mask(one) for one in logits]))

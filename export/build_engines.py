@@ -2,6 +2,8 @@
 
 Writes the graphs at every precision, then holds each to the torch reference on held-out scenes. The bundle is
 built beside its place and renamed into it: an error, or Ctrl-C, leaves nothing. Exit codes: `ppcr.errors`.
+
+With ``--target sm_89`` the bundle (built first where there is none) gets TensorRT engines for that GPU.
 """
 
 from __future__ import annotations
@@ -19,10 +21,12 @@ from ppcr.boxes import WRITTEN
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.errors import BundleError, CommandParser, UsageError, run_cli
 from ppcr.files import atomic_directory
-from ppcr.manifest import MANIFEST, Manifest, Parity
+from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
+from runtime.tensorrt_library import CURRENT, OPTIONS, TARGETS
 
 if TYPE_CHECKING:
     from export.bundle import BundleWriter
+    from export.engine_layers import Built
     from export.parity import Progress
 
 DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
@@ -30,6 +34,14 @@ PRECISIONS = ("fp32", "int8")
 PRETRAINED_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 PRETRAINED_DEFAULT = ("int4", "int8")
 PARITY_SCENES, PRETRAINED_SCENES = 128, 2
+_ENGINE_PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
+
+
+_HELP = {
+    "version-compatible": "engines that later versions of the library load",
+    "strip-weights": "engines without weights, which are put in when loaded",
+    "weight-streaming": "engines whose weights may stay in the host's memory",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +63,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="P[,P]",
         help=f"of {', '.join(PRECISIONS)}, and around a public MLLM of {', '.join(PRETRAINED_PRECISIONS)}; "
         f"the first is the bundle's default (default: {', '.join(PRECISIONS)}, or there "
-        f"{', '.join(PRETRAINED_DEFAULT)})",
+        f"{', '.join(PRETRAINED_DEFAULT)}); with --target one of {', '.join(_ENGINE_PRECISIONS)} "
+        f"(default: fp16)",
     )
+    out.add_argument(
+        "--target",
+        choices=(CURRENT, *TARGETS),
+        help="compile the bundle's graphs to TensorRT engines for this GPU",
+    )
+    for option in OPTIONS:
+        out.add_argument(f"--{option}", action="store_true", help=f"with --target: {_HELP[option]}")
     out.add_argument(
         "--parity-scenes",
         type=_positive,
@@ -76,6 +96,15 @@ def parser() -> argparse.ArgumentParser:
 
 def _main(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
+    if options.target:
+        return _engines(options)
+    chosen = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
+    if chosen:
+        raise UsageError(f"--{chosen[0]} goes with --target (--help shows the options)")
+    return _bundle(options)
+
+
+def _bundle(options: argparse.Namespace) -> int:
     checkpoint = Checkpoint.open(options.checkpoint)
     settle(options, checkpoint)
     if not options.force and is_current(options.output, checkpoint, options):
@@ -85,6 +114,48 @@ def _main(argv: Sequence[str] | None) -> int:
         build(checkpoint, part, options)
     print(f"bundle: {options.output}")
     return 0
+
+
+def _engines(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from export.engines import add_engines, choose
+
+    names = options.precision or ("fp16",)
+    if len(names) > 1:
+        raise UsageError("engines are built at one precision a time: give --precision one name")
+    extras = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
+    library, target = choose(options.target, names[0], extras)
+    if not (options.output / MANIFEST).is_file():
+        options.precision = None
+        _bundle(options)
+    with tqdm(total=len(ROLES), unit="engine", file=sys.stderr, disable=None) as bar:
+
+        def progress(told: str) -> None:
+            if told in ROLES:
+                bar.update()
+            else:
+                bar.set_description_str(told)
+
+        built = add_engines(options.output, target, names[0], options=extras, progress=progress)
+    print(engine_table(built))
+    print(f"engines: {options.output / 'engines' / target} ({library.title}; built, not executed)")
+    return 0
+
+
+def engine_table(built: dict[str, Built]) -> str:
+    """Size, kernels, attentions fused to one kernel, and native layers of each engine, a line each.
+
+    A decoder has two numbers of kernels: of a single token, and of a block of any length.
+    """
+    lines = [f"{'engine':<16}{'MB':>8}{'kernels':>10}{'attention':>11}  native layers"]
+    for role, engine in built.items():
+        pieces = [engine.piece(number) for number in engine.pieces]
+        kernels = " + ".join(str(len(piece)) for piece in pieces)
+        attention = " + ".join(str(sum(kernel.is_attention for kernel in piece)) for piece in pieces)
+        native = ", ".join(f"{name} {count}" for name, count in engine.native.items())
+        lines.append(f"{role:<16}{engine.bytes / 1e6:>8.2f}{kernels:>10}{attention:>11}  {native or '-'}")
+    return "\n".join(lines)
 
 
 def settle(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
@@ -189,9 +260,10 @@ def table(writer: BundleWriter, manifest: Manifest, figures: dict[str, Parity]) 
 
 def _precisions(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in PRETRAINED_PRECISIONS]
+    known = (*PRETRAINED_PRECISIONS, *_ENGINE_PRECISIONS)
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(PRETRAINED_PRECISIONS)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(dict.fromkeys(known))}")
     return names
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from export import precision as precisions
 from export.decoder_graph import OPSET, DecoderSizes, write_decoder
-from export.segmenter_graph import write_image_encoder, write_mask_decoder
+from export.segmenter_graph import EXTERNAL, write_image_encoder, write_mask_decoder
 from export.vision_graph import VisionSizes, write_vision
 from ppcr.checkpoint import Checkpoint
 from ppcr.errors import CheckpointError
@@ -32,7 +32,7 @@ from ppcr.manifest import (
     Shapes,
     files_below,
 )
-from ppcr.model.segmenter import Segmenter
+from ppcr.model.segmenters import AnySegmenter, load_segmenter
 
 TARGET = "cpu"
 GRAPHS = {
@@ -69,9 +69,9 @@ class BundleWriter:
         return {role: precisions.file_name(name, precision) for role, name in GRAPHS.items()}
 
     @cached_property
-    def segmenter(self) -> Segmenter:
+    def segmenter(self) -> AnySegmenter:
         try:
-            return Segmenter.load(self.checkpoint.segmenter)
+            return load_segmenter(self.checkpoint.segmenter)
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read {self.checkpoint.segmenter}: {error}") from None
 
@@ -87,6 +87,7 @@ class BundleWriter:
         if "fp32" not in wanted:
             for name in GRAPHS.values():
                 (self.root / name).unlink()
+                (self.root / f"{name}{EXTERNAL}").unlink(missing_ok=True)
         return shapes
 
     def write_common(self) -> None:

@@ -27,7 +27,7 @@ WEIGHTS_ONLY = frozenset({"vision", "decoder"})
 _FULL_WEIGHTS = ("lm_head.weight",)  # tied to the embedding, which stays as it is
 _OPERATORS = ["MatMul"]
 # Raw coordinates, a handful of tokens, and the weights a mask is drawn with: cheap, and each error shows.
-_KEPT = {"mask_decoder": r"^prompt_encoder\.|_head\."}
+_KEPT = {"mask_decoder": r"^prompt_encoder\.|_heads?\."}
 
 
 def file_name(name: str, precision: str) -> str:

@@ -1,14 +1,16 @@
 """The segmenter as two graphs: the image encoder, and the mask decoder for any number of prompts.
 
-Image encoder: ``pixels`` f32[1, 3, S, S] -> ``image_features``, ``high_res_0``, ``high_res_1``.
-Mask decoder: those three, ``boxes`` f32[N, 4], ``points`` f32[N, 2], ``spatial_valid`` f32[N],
-``text_embeddings`` f32[N, T, E], ``text_mask`` bool[N, T] -> ``mask_logits`` f32[N, S/2, S/2] and
+Image encoder: ``pixels`` f32[B, 3, S, S] -> ``image_features`` and, in families that have them,
+``high_res_0`` and ``high_res_1``.
+Mask decoder: those of one image, ``boxes`` f32[N, 4], ``points`` f32[N, 2], ``spatial_valid`` f32[N],
+``text_embeddings`` f32[N, T, E], ``text_mask`` bool[N, T] -> ``mask_logits`` f32[N, M, M] and
 ``scores`` f32[N].
-N and T are dynamic; the image's features are shared by all prompts.
+B, N and T are dynamic; the image's features are shared by all prompts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,61 +18,59 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from ppcr.model.image_encoder import ImageFeatures
-from ppcr.model.segmenter import Segmenter
+from kernels.op import using
+from ppcr.model.segmenters import AnyFeatures, AnySegmenter
 
 OPSET = 20
 FEATURES = ("image_features", "high_res_0", "high_res_1")
+"""What a family with finer features keeps of an image; the others keep the first alone."""
 PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
 OUTPUTS = ("mask_logits", "scores")
+LARGEST = 1_900_000_000
+"""Bytes of weights from which on they lie in a file of their own: SAM's largest encoder."""
+EXTERNAL = ".data"
 
 
 class _Encode(nn.Module):
     """The image encoder with a plain tuple for an answer."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: AnySegmenter) -> None:
         super().__init__()
         self.segmenter = segmenter
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        features = self.segmenter.encode(pixels)
-        return features.image_features, features.high_res_0, features.high_res_1
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.segmenter.encode(pixels))
 
 
 class _Decode(nn.Module):
-    """The decoder with its features as separate arguments."""
+    """The decoder with each of its features, then each of its prompts, as an argument."""
 
-    def __init__(self, segmenter: Segmenter) -> None:
+    def __init__(self, segmenter: AnySegmenter, kind: type[AnyFeatures]) -> None:
         super().__init__()
-        self.segmenter = segmenter
+        self.segmenter, self.kind = segmenter, kind
 
-    def forward(
-        self,
-        image_features: Tensor,
-        high_res_0: Tensor,
-        high_res_1: Tensor,
-        boxes: Tensor,
-        points: Tensor,
-        spatial_valid: Tensor,
-        text_embeddings: Tensor,
-        text_mask: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        features = ImageFeatures(image_features, high_res_0, high_res_1)
-        return self.segmenter.decode(features, boxes, points, spatial_valid, text_embeddings, text_mask)
+    def forward(self, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        count = len(self.kind._fields)
+        features = self.kind(*arguments[:count])
+        return self.segmenter.decode(features, *arguments[count:])  # type: ignore[arg-type]
 
 
-def write_image_encoder(segmenter: Segmenter, path: Path) -> None:
+def write_image_encoder(segmenter: AnySegmenter, path: Path) -> None:
     """Export the image encoder of a segmenter in evaluation mode."""
     side = segmenter.config.image_size
-    _export(_Encode(segmenter), (torch.zeros(1, 3, side, side),), path, ("pixels",), FEATURES)
+    b = torch.export.Dim("B", min=1, max=64)
+    # Two images: tracing would take a batch of one for a constant.
+    pixels = torch.zeros(2, 3, side, side)
+    _export(_Encode(segmenter), (pixels,), path, ("pixels",), segmenter.features._fields, ({0: b},))
 
 
-def write_mask_decoder(segmenter: Segmenter, path: Path) -> None:
+def write_mask_decoder(segmenter: AnySegmenter, path: Path) -> None:
     """Export the prompt encoder and mask decoder of a segmenter in evaluation mode."""
     config = segmenter.config
     side = config.image_size
@@ -83,8 +83,10 @@ def write_mask_decoder(segmenter: Segmenter, path: Path) -> None:
     )  # fmt: skip
     n = torch.export.Dim("N", min=1, max=1024)
     t = torch.export.Dim("T", min=1, max=config.max_text)
-    shapes = (None, None, None, {0: n}, {0: n}, {0: n}, {0: n, 1: t}, {0: n, 1: t})
-    _export(_Decode(segmenter), (*features, *prompts), path, (*FEATURES, *PROMPTS), OUTPUTS, shapes)
+    shapes = (*[None] * len(features), {0: n}, {0: n}, {0: n}, {0: n, 1: t}, {0: n, 1: t})
+    names = (*features._fields, *PROMPTS)
+    # The shapes of `*arguments` are one tuple.
+    _export(_Decode(segmenter, type(features)), (*features, *prompts), path, names, OUTPUTS, (shapes,))
 
 
 def _export(
@@ -95,7 +97,8 @@ def _export(
     outputs: Sequence[str],
     shapes: tuple[Any, ...] | None = None,
 ) -> None:
-    with _quiet(), torch.no_grad():
+    # Standard operators alone, wherever the segmenter lies.
+    with _quiet(), torch.no_grad(), using("off"):
         program = torch.onnx.export(
             module.eval(),
             arguments,
@@ -111,8 +114,18 @@ def _export(
     model = program.model_proto
     _forget_sources(model)
     _name_weights(model, module)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
+    _save(model, path)
+
+
+def _save(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model``, and weights of more than a protobuf can hold into a file beside it."""
+    if sum(constant.ByteSize() for constant in model.graph.initializer) < LARGEST:
+        onnx.checker.check_model(model)
+        onnx.save(model, path)
+        return
+    beside = f"{path.name}{EXTERNAL}"
+    onnx.save(model, path, save_as_external_data=True, location=beside, all_tensors_to_one_file=True)
+    onnx.checker.check_model(str(path))
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:
@@ -135,17 +148,21 @@ def _name_weights(model: onnx.ModelProto, module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         value = parameter.detach().cpu().numpy()
         if value.ndim == 2:
-            names[value.T.shape, value.T.tobytes()] = name.removeprefix("segmenter.")
+            names[value.T.shape, _digest(value.T)] = name.removeprefix("segmenter.")
     new = {}
     for constant in model.graph.initializer:
         value = numpy_helper.to_array(constant)
-        known = names.get((value.shape, value.tobytes())) if value.ndim == 2 else None
+        known = names.get((value.shape, _digest(value))) if value.ndim == 2 else None
         if known:
             new[constant.name] = known
             constant.name = known
     for node in model.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = new.get(name, name)
+
+
+def _digest(value: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(value).data).digest()
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 - pixels: xyxy of the *original* image, 0..W and 0..H, x right, y down, edges between pixels (a 1x1 image's
   only full box is 0,0,1,1). This is what a user gives and gets.
-- unit: the same divided by width and height, 0..1. Images are stretched, not padded, so unit boxes hold for
-  every resized copy. This is what the segmenter takes.
+- unit: the same divided by width and height, 0..1, so that it holds for every stretched copy. The segmenter
+  takes it in 0..1 of its input, which `ppcr.framing` turns it into where images are padded.
 - location: unit values in 1000 bins, 0..999; bin k covers [k/1000, (k+1)/1000) and stands for its centre.
   This is what the language model of ppcr-tiny writes.
 - written: the whole numbers that a pretrained language model writes, in one of two conventions: ``pixels`` of

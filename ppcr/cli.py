@@ -29,6 +29,9 @@ class Command:
 _REFERENCE = ("torch", "transformers")
 
 COMMANDS: dict[str, Command] = {
+    "compose": Command(
+        "ppcr.compose", "public weights of an MLLM and a segmenter to a checkpoint", _REFERENCE
+    ),
     "build": Command(
         "export.build_engines", "checkpoint to bundle, held to the parity gate", (*_REFERENCE, "onnx")
     ),
@@ -36,6 +39,9 @@ COMMANDS: dict[str, Command] = {
     "bench latency": Command("benchmarks.latency", "time of each stage, beside plain torch", _REFERENCE),
     "bench accuracy": Command(
         "benchmarks.accuracy", "accuracy of a bundle on a split of the scenes", ("torch",)
+    ),
+    "bench segmenter": Command(
+        "benchmarks.segmenter", "time of the segmenter by itself, beside plain torch", _REFERENCE
     ),
     "bench kernel": Command("benchmarks.kernel", "the fused attention by itself", ("torch", "triton"), "gpu"),
 }

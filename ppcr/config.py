@@ -67,12 +67,16 @@ class MLLMConfig:
 
 @dataclass(frozen=True)
 class SegmenterConfig:
-    """How the segmenter is fed: height and width, and normalisation of pixel values in 0..1."""
+    """How the segmenter is fed: height and width, and normalisation of pixel values in 0..1.
+
+    fit: how an image comes to that size, "stretch" or "pad" (`ppcr.framing`).
+    """
 
     family: str = "ppcr_tiny"
     image_size: tuple[int, int] = (256, 256)
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    fit: str = "stretch"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ EMBEDDING_KEY = "weight"
 """The one tensor of ``mllm/embed.safetensors``, [vocabulary, hidden], in the type the checkpoint has it."""
 COMMON = (TOKENIZER, PREPROCESS, EMBEDDING)
 ROLES = ("vision", "decoder", "image_encoder", "mask_decoder")
+ENGINES = "python export/build_engines.py"
 """The graphs of every bundle. Further ones are named by `vision_role`, files of weights end in `WEIGHTS`."""
 WEIGHTS = "_weights"
 REBUILD = "build it again with: python export/build_engines.py --force"
@@ -97,6 +98,30 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class EngineEntry:
+    """An engine compiled from one of the bundle's graphs.
+
+    Attributes:
+        role: of ROLES. target: the GPU ("sm_89"). precision: what it computes in ("fp16", "int4", …).
+        file, onnx: the engine, and the graph it was compiled from, as named in the manifest's ``files``.
+        onnx_sha256: of that graph then.
+        flavour, version: of the library that compiled it ("tensorrt", "tensorrt_rtx").
+        options: how ("weight-streaming", …). bytes_on_gpu: activations and weights.
+    """
+
+    role: str
+    target: str
+    precision: str
+    file: str
+    onnx: str
+    onnx_sha256: str
+    flavour: str
+    version: str
+    options: tuple[str, ...] = ()
+    bytes_on_gpu: int = 0
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A bundle's contents. Paths are relative to the bundle, with forward slashes.
 
@@ -110,6 +135,7 @@ class Manifest:
         default_precision: what a load takes when nothing is said.
         parity: figures per precision; empty when the gate was not run.
         parity_failure_allowed: the bundle was shipped with --allow-parity-failure.
+        engines: what was compiled from the graphs so far, if anything.
     """
 
     name: str
@@ -124,6 +150,7 @@ class Manifest:
     default_precision: str
     parity: dict[str, Parity] = field(default_factory=dict)
     parity_failure_allowed: bool = False
+    engines: tuple[EngineEntry, ...] = ()
     ppcr: str = __version__
     format: int = FORMAT
 
@@ -155,6 +182,9 @@ class Manifest:
                     "files": {str(k): FileEntry(**v) for k, v in data["files"].items()},
                     "shapes": Shapes(**shapes),
                     "parity": {str(k): Parity(**v) for k, v in data["parity"].items()},
+                    "engines": tuple(
+                        EngineEntry(**{**v, "options": tuple(v["options"])}) for v in data.get("engines", ())
+                    ),
                 }
             )
             manifest._require_complete()
@@ -201,6 +231,24 @@ class Manifest:
             raise BundleError(f"this bundle holds {held}, not {wanted!r}: build it with --precision {wanted}")
         return self.precisions[wanted]
 
+    def engine_set(self, target: str, precision: str | None = None) -> dict[str, EngineEntry]:
+        """The engine of each role for ``target`` at ``precision`` (default: the one built last).
+
+        Raises:
+            BundleError: there are none, or not for every role; says the command that builds them.
+        """
+        fitting = [entry for entry in self.engines if entry.target == target]
+        wanted = precision or (fitting[-1].precision if fitting else None)
+        found = {entry.role: entry for entry in fitting if entry.precision == wanted}
+        if set(found) == set(ROLES):
+            return found
+        held = ", ".join(dict.fromkeys(f"{entry.target} {entry.precision}" for entry in self.engines))
+        at = f" --precision {precision}" if precision else ""
+        raise BundleError(
+            f"this bundle has no engines for {target}{f' at {precision}' if precision else ''} "
+            f"(it has {held or 'none'}): build them with: {ENGINES} --target {target}{at}"
+        )
+
     def verify(self, bundle: Path, precision: str | None = None) -> None:
         """Compare the directory with ``files``: nothing missing, changed or foreign.
 
@@ -227,6 +275,7 @@ class Manifest:
 
     def _require_complete(self) -> None:
         names = [name for roles in self.precisions.values() for name in roles.values()]
+        names += [name for entry in self.engines for name in (entry.file, entry.onnx)]
         for name in (*COMMON, *names, *self.files):
             parts = PurePosixPath(name)
             if parts.is_absolute() or ".." in parts.parts or name not in self.files:
@@ -235,6 +284,9 @@ class Manifest:
             further = [role for role in roles if role not in ROLES]
             if not set(ROLES) <= set(roles) or not all(map(_is_further_role, further)):
                 raise KeyError(f"roles of {precision}")
+        for entry in self.engines:
+            if entry.role not in ROLES:
+                raise KeyError(f"role of {entry.file}")
         if self.default_precision not in self.precisions:
             raise KeyError(f"default precision {self.default_precision}")
 

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future
 import numpy as np
 import numpy.typing as npt
 
-from ppcr import images, masks
+from ppcr.framing import Framing
 from runtime.bundle import Bundle
 from runtime.prompter import Answer
 from runtime.session import Features, Float32Array, Prompts, SegmenterSession
@@ -36,8 +36,8 @@ class Drawer:
     ) -> None:
         self._bundle, self._segmenter = bundle, segmenter
         self._size = image.shape[0], image.shape[1]
-        config = bundle.config.segmenter
-        self._pixels = images.normalise(images.resize(image, config.image_size), config.mean, config.std)
+        self._framing = Framing.of(self._size, bundle.config.segmenter)
+        self._pixels = self._framing.pixels(image)
         self._features: Features | None = None
         self._background = background
         self._encoding: Future[tuple[Features, float]] | None = None
@@ -56,7 +56,7 @@ class Drawer:
             return drawn
         features = self._await_features(watches[wanted[0]])
         start = time.perf_counter()
-        prompts = batch_prompts(self._bundle, [answers[index] for index in wanted])
+        prompts = batch_prompts(self._bundle, [answers[index] for index in wanted], self._framing)
         logits, scores = self._segmenter.decode(features, prompts)
         share = (time.perf_counter() - start) / len(wanted)
         first = 0
@@ -65,7 +65,7 @@ class Drawer:
             first = rows.stop
             watches[index].add("decoder", share, share)
             with watches[index].stage("masks"):
-                instances = np.stack([masks.mask_from_logits(one, self._size) for one in logits[rows]])
+                instances = np.stack([self._framing.mask(one) for one in logits[rows]])
             drawn[index] = instances, scores[rows]
         return drawn
 
@@ -82,7 +82,7 @@ class Drawer:
         return self._features
 
 
-def batch_prompts(bundle: Bundle, answers: Sequence[Answer]) -> Prompts:
+def batch_prompts(bundle: Bundle, answers: Sequence[Answer], framing: Framing) -> Prompts:
     """The prompts of several expressions side by side, their texts padded to one length."""
     most = bundle.manifest.shapes.max_text
     counts = [answer.spatial.count for answer in answers]
@@ -92,8 +92,8 @@ def batch_prompts(bundle: Bundle, answers: Sequence[Answer]) -> Prompts:
     for row, text in enumerate(texts):
         ids[row, : len(text)], mask[row, : len(text)] = text, True
     return Prompts(
-        boxes=np.concatenate([answer.spatial.boxes for answer in answers]),
-        points=np.concatenate([answer.spatial.points for answer in answers]),
+        boxes=framing.place(np.concatenate([answer.spatial.boxes for answer in answers])),
+        points=framing.place(np.concatenate([answer.spatial.points for answer in answers])),
         spatial_valid=np.ones(sum(counts), np.float32),
         text_embeddings=np.repeat(bundle.embedding[ids] * mask[..., None], counts, axis=0),
         text_mask=np.repeat(mask, counts, axis=0),

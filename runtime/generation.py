@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ppcr.constraint import Constraint
-from runtime.session import Context, Features
+from runtime.session import Context, Features, TurnContext
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ def generate(
     """
     if max_tokens is not None and constraint.max_tokens > max_tokens:
         raise ValueError(f"the constraint allows {constraint.max_tokens} tokens, more than {max_tokens}")
+    if isinstance(context, TurnContext):
+        return context.answer(prompt, constraint, features=features, meanwhile=meanwhile)
     reused = context.length
     cursor = constraint.start()
     pending, answer = list(prompt), list[int]()

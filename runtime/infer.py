@@ -21,6 +21,7 @@ from ppcr.errors import EXIT_CODES, CommandParser, OutputError, UsageError, one_
 from runtime.bundle import AUTO, DEFAULT_BUNDLE, PRECISIONS
 from runtime.pipeline import Pipeline, Scene
 from runtime.result import Result
+from runtime.session import BACKENDS
 
 _MAX_SHOWN = 100
 
@@ -57,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
         help="'category; attributes; relation; count', instead of stage 1",
     )
     made.add_argument("--precision", choices=PRECISIONS, default=AUTO, help="default: what the bundle says")
+    made.add_argument(
+        "--engine", choices=sorted(BACKENDS), default="onnxruntime", help="default: %(default)s"
+    )
     made.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
     return made
 
@@ -76,7 +80,10 @@ def _infer(arguments: argparse.Namespace) -> int:
         raise OutputError("the output path is empty; give a folder name")
     output = Path(arguments.output or Path("outputs", Path(arguments.image).stem))
     with Pipeline.load(
-        arguments.bundle, precision=arguments.precision, threads=arguments.threads
+        arguments.bundle,
+        precision=arguments.precision,
+        threads=arguments.threads,
+        backend=arguments.engine,
     ) as pipeline:
         scene = pipeline.open(arguments.image)
         results = _segment(scene, arguments)

@@ -12,19 +12,20 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from ppcr.errors import BundleError, EngineError
-from ppcr.manifest import REBUILD, ROLES, WEIGHTS, Shapes, vision_role
+from ppcr.manifest import REBUILD, WEIGHTS, Shapes, vision_role
 from ppcr.tensors import RowTable
 from runtime.bundle import Bundle
 from runtime.positions import Tables, make_tables
 from runtime.session import Float32Array, Prompts, Sessions
-from runtime.threads import share_threads
+from runtime.threads import Threads, share_threads
 
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, "ort.OrtValue"]
 # Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
 Snapshot = dict[tuple[str, int], npt.NDArray[Any]]
 _CACHE_STEP = 64
-ENCODED = ("image_features", "high_res_0", "high_res_1")
+MASK_PIXELS = 1 << 20
+"""Pixels of mask logits drawn at once: 16 masks of SAM's, 64 of ppcr-tiny's."""
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
@@ -34,15 +35,31 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         BundleError: a graph cannot be read, or does not take what this runtime feeds.
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
-    weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
-    plan = share_threads(threads, sum(path.stat().st_size for path in weights))
-    opened = {role: open_graph(bundle.graphs[role], getattr(plan, role)) for role in ROLES}
-    stepper = (
-        opened["decoder"] if plan.step == plan.decoder else open_graph(bundle.graphs["decoder"], plan.step)
+    plan = _plan(bundle, threads)
+    vision, encoder, drawer = (
+        open_graph(bundle.graphs[role], getattr(plan, role))
+        for role in ("vision", "image_encoder", "mask_decoder")
     )
-    segmenter = OnnxSegmenter(opened["image_encoder"], opened["mask_decoder"])
-    towers = _Towers(opened["vision"], bundle, plan.vision)
-    return Sessions(OnnxMLLM(towers, opened["decoder"], stepper, bundle), segmenter)
+    mllm = OnnxMLLM(_Towers(vision, bundle, plan.vision), load_decoder(bundle, threads=threads), bundle)
+    return Sessions(mllm, OnnxSegmenter(encoder, drawer))
+
+
+def load_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
+    """The segmenter alone. Raises as `load` does."""
+    graphs = (open_graph(bundle.graphs[role], threads) for role in ("image_encoder", "mask_decoder"))
+    return OnnxSegmenter(*graphs)
+
+
+def load_decoder(bundle: Bundle, *, threads: int) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    """The decoder for blocks and for single tokens (may be one), alone. Raises as `load` does."""
+    plan, path = _plan(bundle, threads), bundle.graphs["decoder"]
+    decoder = open_graph(path, plan.decoder)
+    return decoder, decoder if plan.step == plan.decoder else open_graph(path, plan.step)
+
+
+def _plan(bundle: Bundle, threads: int) -> Threads:
+    weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
+    return share_threads(threads, sum(path.stat().st_size for path in weights))
 
 
 def open_graph(path: Path, threads: int) -> ort.InferenceSession:
@@ -86,23 +103,25 @@ class _Towers:
 
 
 class OnnxMLLM:
-    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently."""
+    """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently.
+
+    Without ``towers`` it encodes no image: a subclass does, on another engine.
+    """
 
     def __init__(
         self,
-        towers: _Towers,
-        decoder: ort.InferenceSession,
-        stepper: ort.InferenceSession,
+        towers: _Towers | None,
+        decoders: tuple[ort.InferenceSession, ort.InferenceSession],
         bundle: Bundle,
     ) -> None:
         shapes, self._config = bundle.manifest.shapes, bundle.config.mllm
-        self._towers, self._decoders = towers, (decoder, stepper)
+        self._towers, self._decoders = towers, decoders
         self._shapes = shapes
         self._embedding = bundle.embedding
         self._image_token = bundle.tokenizer.image_token
         self._prefixes: dict[tuple[int, ...], Snapshot] = {}
         # A graph may fix the length of its cache, or leave it to the host.
-        cache = next(value for value in decoder.get_inputs() if value.name == "k_cache_0")
+        cache = next(value for value in decoders[0].get_inputs() if value.name == "k_cache_0")
         self._static = isinstance(cache.shape[2], int)
         self._image_start, self._rotary = len(bundle.tokenizer.before_image), bundle.rotary
         self._tables: dict[tuple[int, int], Tables] = {}
@@ -112,6 +131,7 @@ class OnnxMLLM:
 
         With DeepStack [1 + levels, image_tokens, hidden]: what is added after the first layers follows.
         """
+        assert self._towers is not None
         tower = self._towers.of(size or self._config.image_size)
         levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
         found = tower.run(
@@ -299,15 +319,45 @@ class OnnxSegmenter:
 
     def __init__(self, image_encoder: ort.InferenceSession, mask_decoder: ort.InferenceSession) -> None:
         self._encoder, self._decoder = image_encoder, mask_decoder
+        # Families differ in what they keep of an image: SAM 2 and ppcr-tiny add finer features.
+        self._encoded = [output.name for output in image_encoder.get_outputs()]
+        # Upscaled cells of one mask take megabytes: many masks are drawn a part at a time.
+        height, width = (side for side in mask_decoder.get_outputs()[0].shape[1:])
+        self._most = max(1, MASK_PIXELS // (height * width))
+        wanted = {value.name for value in mask_decoder.get_inputs()}
+        if not set(self._encoded) <= wanted:
+            raise BundleError(f"the mask decoder does not take what the image encoder gives: {REBUILD}")
 
     def encode(self, pixels: Float32Array) -> SegmenterFeatures:
         """Pixels f32 [3, H, W] to the features of one image, by output name."""
-        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels[None], np.float32))
-        outputs = self._encoder.run_with_ort_values(list(ENCODED), {"pixels": value})
-        return dict(zip(ENCODED, outputs, strict=True))
+        return self._encode(pixels[None])
+
+    def encode_batch(self, pixels: Float32Array) -> list[SegmenterFeatures]:
+        """Pixels f32 [B, 3, H, W] to the features of each image, computed as one batch."""
+        together = {name: value.numpy() for name, value in self._encode(pixels).items()}
+        return [
+            {name: ort.OrtValue.ortvalue_from_numpy(value[i : i + 1]) for name, value in together.items()}
+            for i in range(len(pixels))
+        ]
+
+    def _encode(self, pixels: Float32Array) -> SegmenterFeatures:
+        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels, np.float32))
+        outputs = self._encoder.run_with_ort_values(self._encoded, {"pixels": value})
+        return dict(zip(self._encoded, outputs, strict=True))
 
     def decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
         """Mask logits f32 [N, h, w] and scores f32 [N]."""
+        count = len(prompts.boxes)
+        if count <= self._most:
+            return self._decode(features, prompts)
+        parts = []
+        for first in range(0, count, self._most):
+            some = (part[first : first + self._most] for part in vars(prompts).values())
+            parts.append(self._decode(features, Prompts(*some)))
+        logits, scores = zip(*parts, strict=True)
+        return np.concatenate(logits), np.concatenate(scores)
+
+    def _decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
         given = {
             "boxes": prompts.boxes,
             "points": prompts.points,

@@ -43,7 +43,7 @@ class Pipeline:
         self.bundle, self.sessions, self.threads = bundle, sessions, threads
         self.engine: dict[str, str | int] = {
             "bundle": bundle.manifest.name,
-            "precision": bundle.precision,
+            "precision": sessions.precision or bundle.precision,
             "engine": engine,
             "threads": threads,
         }
@@ -65,6 +65,8 @@ class Pipeline:
             bundle: its folder.
             precision: "fp32", "int8", or "auto" for the default that the build wrote into the bundle.
             threads: processors to use at the same time; default: all that this process may use.
+            backend: the engine, of ``runtime.session.BACKENDS``. With "tensorrt" the precision is that of the
+                engines built last.
 
         Raises:
             BundleError, EngineError, UsageError: each says what to do.

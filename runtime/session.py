@@ -7,9 +7,9 @@ file, and only when a bundle is opened with it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,9 @@ import numpy.typing as npt
 from ppcr.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
+    from ppcr.constraint import Constraint
     from runtime.bundle import Bundle
+    from runtime.generation import Turn
 
 Float32Array = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
@@ -49,6 +51,22 @@ class Context(Protocol):
 
     def truncate(self, length: int) -> None:
         """Forget everything from position ``length`` on, at no cost."""
+        ...
+
+
+@runtime_checkable
+class TurnContext(Protocol):
+    """A conversation on an engine that answers whole turns and gives no logits (its `extend` is not used)."""
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        constraint: Constraint,
+        *,
+        features: Features | None = None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Turn:
+        """As `runtime.generation.generate` on this context."""
         ...
 
 
@@ -110,13 +128,23 @@ class SegmenterSession(Protocol):
 
 @dataclass(frozen=True)
 class Sessions:
-    """Both models of a bundle on one engine."""
+    """Both models of a bundle on one engine.
+
+    Attributes:
+        precision: what the engine computes in; "": that of the bundle's graphs.
+    """
 
     mllm: MLLMSession
     segmenter: SegmenterSession
+    precision: str = ""
 
 
-BACKENDS: dict[str, str] = {"onnxruntime": "runtime.onnxruntime_session"}
+BACKENDS: dict[str, str] = {
+    "onnxruntime": "runtime.onnxruntime_session",
+    "openvino": "runtime.openvino_session",
+    "tensorrt": "runtime.tensorrt_session",
+    "tensorrt_llm": "runtime.tensorrt_llm_session",
+}
 """Engine name -> module with ``load(bundle, *, threads) -> Sessions``."""
 
 

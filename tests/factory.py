@@ -73,7 +73,8 @@ def tokenizer() -> PromptTokenizer:
 def random_checkpoint() -> Path:
     """A whole checkpoint directory of random weights."""
     root = workplace() / "checkpoint"
-    model = build_mllm(TinyMLLM(), tokenizer(), seed=3).eval()
+    # A seed whose answers to the tests' expressions are not "none".
+    model = build_mllm(TinyMLLM(), tokenizer(), seed=1).eval()
     with torch.no_grad():
         # Untrained logits lie so close together that rounding could decide; these do not.
         model.model.language_model.norm.weight.mul_(8.0)

@@ -166,9 +166,13 @@ def test_logits_equal_hugging_face(host: Host, length: int) -> None:
     ids, patches, extra = conversation(length)
     embeddings, positions, _ = embeddings_and_positions(host, ids, patches)
     with torch.no_grad():
-        full = host.model(
-            input_ids=torch.tensor([ids]), pixel_values=patches, mm_token_type_ids=kinds(ids), **extra
-        ).logits[0].numpy()
+        full = (
+            host.model(
+                input_ids=torch.tensor([ids]), pixel_values=patches, mm_token_type_ids=kinds(ids), **extra
+            )
+            .logits[0]
+            .numpy()
+        )
     whole = fresh(host).extend(embeddings, positions)
     np.testing.assert_allclose(whole, full[-1], atol=2e-5, rtol=1e-4)
     # In blocks of odd sizes, on the cache, each block's last token agrees as well.

@@ -28,6 +28,8 @@ WORDS_LIBRARIES = frozenset({"numpy", "PIL", "safetensors", "tokenizers"})
 ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "words": (frozenset(), WORDS_LIBRARIES),
     "ppcr.model": (frozenset({"words", "kernels"}), None),
+    # A command beside the words: nothing imports it.
+    "ppcr.compose": (frozenset({"words", "ppcr.model"}), None),
     "ppcr.data": (frozenset({"words", "ppcr.model"}), None),
     "ppcr.training": (frozenset({"words", "ppcr.model", "ppcr.data", "ppcr.evaluation"}), None),
     "ppcr.evaluation": (frozenset({"words", "ppcr.model", "ppcr.data"}), None),
@@ -36,7 +38,7 @@ ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
         frozenset({"words", "ppcr.model", "ppcr.data", "ppcr.evaluation", "kernels", "runtime"}),
         None,
     ),
-    "runtime": (frozenset({"words"}), WORDS_LIBRARIES | ENGINES | {"torch"}),
+    "runtime": (frozenset({"words"}), WORDS_LIBRARIES | ENGINES | {"cuda", "torch"}),
     "benchmarks": (
         frozenset({"words", "ppcr.model", "ppcr.data", "ppcr.evaluation", "kernels", "runtime", "export"}),
         None,
@@ -44,7 +46,7 @@ ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
 }
 
 # Rooms of the design that may still be empty.
-LATER = frozenset({"kernels", "ppcr.evaluation"})
+LATER = frozenset({"ppcr.evaluation"})
 
 # What importing these (and, with them, everything they import at module level) must not load.
 LIGHT: dict[str, frozenset[str]] = {
@@ -53,7 +55,10 @@ LIGHT: dict[str, frozenset[str]] = {
     "runtime": TRAINED_WITH | ENGINES,
     "runtime.pipeline": TRAINED_WITH | ENGINES,
     "runtime.infer": TRAINED_WITH | ENGINES,
-    "kernels": frozenset({"triton", "transformers"}),
+    "ppcr.compose": TRAINED_WITH | ENGINES,
+    "kernels": frozenset({"torch", "triton", "transformers"}),
+    "kernels.op": frozenset({"triton", "transformers"}),
+    "kernels.token_op": frozenset({"triton", "transformers"}),
     "export.build_engines": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},
     "benchmarks.latency": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},
     "benchmarks.accuracy": ENGINES - {"onnxruntime"} | {"triton", "matplotlib"},

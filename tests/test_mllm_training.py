@@ -34,7 +34,8 @@ def test_a_run_writes_a_checkpoint_and_a_resumed_run_goes_on(
     first = load_resume(tmp_path / "resume.pt")
     assert first is not None and first["step"] >= 2
     assert load_mllm(folder).config.model_type == "qwen2_5_vl"
-    training.train(dataclasses.replace(RECIPE, minutes=0.12), tmp_path, device=device, workers=0)
+    longer = dataclasses.replace(RECIPE, minutes=float(first["spent_s"]) / 60 + 0.1)
+    training.train(longer, tmp_path, device=device, workers=0)
     second = load_resume(tmp_path / "resume.pt")
     assert second is not None and second["step"] > first["step"] and second["spent_s"] > first["spent_s"]
     name = "model.model.language_model.layers.0.mlp.up_proj.weight"
@@ -62,7 +63,7 @@ def test_a_step_depends_on_the_seed_alone() -> None:
         return data.make(start)
 
     tokenizer = training.PromptTokenizer(training.train_tokenizer(training.corpus(100)))
-    packer = Packer(tokenizer, grid=size.grid, length=512, objects=14, conversations=4)
+    packer = Packer(tokenizer, grid=size.grid, objects=14)
     one, two, other = batch(4), batch(4), batch(5)
     assert torch.equal(one["ids"], two["ids"]) and torch.equal(one["scenes"].patches, two["scenes"].patches)
     assert not torch.equal(one["ids"], other["ids"])
@@ -89,17 +90,17 @@ def test_pointing_prefers_the_wanted_cell_and_the_nothing_choice() -> None:
                 assert isinstance(layer, torch.nn.Linear)
                 layer.weight.copy_(torch.eye(8) if layer is key else torch.zeros(8, 8))
                 layer.bias.zero_()
-    answers, scene = (torch.zeros(1, 8), torch.zeros(1, 8)), torch.zeros(1, dtype=torch.int64)
-    images = (image, image)
-    wanted = torch.tensor([[[True, False], [False, False]]])
-    flat = head(answers, scene, images, centres, wanted)["point"]
-    # All logits are equal: each of the two questions costs the entropy of 16 cells and nothing.
+    answers, images = [torch.zeros(1, 2, 8)] * 3, [image] * 3
+    rows = torch.tensor([[False, True]])
+    wanted = torch.tensor([[[True, False], [False, False], [True, True]]])
+    flat = head(answers, images, rows, centres, wanted)["point"]
+    # All logits are equal: each of the three questions costs the entropy of 16 cells and nothing.
     assert float(flat.detach()) == pytest.approx(np.log(17), rel=1e-5)
     with torch.no_grad():
         first = head.query[0]
         assert isinstance(first, torch.nn.Linear)
         first.bias.copy_(20 * image[0, 3])  # cell of (0.9, 0.1): column 3 of row 0
-    after = head(answers, scene, images, centres, wanted)
+    after = head(answers, images, rows, centres, wanted)
     assert float(after["point"].detach()) < float(flat.detach()) and float(after["pointed"]) == 1.0
 
 

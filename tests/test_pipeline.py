@@ -1,4 +1,4 @@
-"""The pipeline on random weights: caches change nothing but the time, and every stage can be given."""
+"""The pipeline on random weights: caches change nothing but the time."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from PIL import Image
 
 from ppcr import images, masks
-from ppcr.errors import BoxError, EngineError, ExpressionError, ImageError, UsageError
+from ppcr.errors import EngineError, ExpressionError, ImageError, UsageError
 from ppcr.prompts import SemanticPrompt
 from runtime import Pipeline, Result
 from runtime.bundle import Bundle
-from runtime.session import BACKENDS, Features, Prompts, Sessions, load_sessions
+from runtime.session import BACKENDS, load_sessions
 from runtime.timing import STAGES
 from tests import factory
+from tests.scripted import assert_same, places, scripted
 
 ONE, TWO, THREE = "the red cube", "large metal sphere left of the gray cube", "green"
 
@@ -44,94 +42,6 @@ def pipeline(request: pytest.FixtureRequest) -> Any:
 def plain() -> Any:
     with Pipeline.load(factory.random_bundle(), threads=1) as made:
         yield made
-
-
-def assert_same(a: Result, b: Result) -> None:
-    assert a.semantic == b.semantic
-    np.testing.assert_array_equal(a.spatial.locations, b.spatial.locations)
-    np.testing.assert_array_equal(a.instances, b.instances)
-    np.testing.assert_allclose(a.scores, b.scores, atol=1e-5)
-
-
-@dataclass
-class ScriptedMLLM:
-    """Answers what it is told to, and notes what it was asked; session and context in one."""
-
-    bundle: Bundle
-    answers: list[int]
-    read: list[int] = field(default_factory=list)
-    images: int = 0
-
-    @property
-    def length(self) -> int:
-        return len(self.read)
-
-    def encode_image(
-        self, patches: npt.NDArray[np.float32], *, size: tuple[int, int] | None = None
-    ) -> Features:
-        assert size is None  # this bundle has one size alone
-        assert patches.shape == (256, 384)
-        self.images += 1
-        return "features"
-
-    @property
-    def capacity(self) -> int:
-        return 384
-
-    def open(
-        self,
-        max_length: int | None = None,
-        *,
-        prefix: Sequence[int] = (),
-        size: tuple[int, int] | None = None,
-    ) -> ScriptedMLLM:
-        assert self.read == [] and max_length is not None
-        self.read.extend(prefix)
-        return self
-
-    def truncate(self, length: int) -> None:
-        del self.read[length:]
-
-    def extend(self, token_ids: Sequence[int], features: Features | None = None) -> npt.NDArray[np.float32]:
-        self.read.extend(token_ids)
-        logits = np.zeros(self.bundle.manifest.shapes.vocabulary, np.float32)
-        logits[self.answers.pop(0)] = 1
-        return logits
-
-
-@dataclass
-class CountingSegmenter:
-    """Counts calls; every mask is the upper half of the image."""
-
-    encoded: int = 0
-    batches: list[Prompts] = field(default_factory=list)
-
-    def encode(self, pixels: npt.NDArray[np.float32]) -> Features:
-        assert pixels.shape == (3, 256, 256) and pixels.dtype == np.float32
-        self.encoded += 1
-        return self.encoded
-
-    def decode(
-        self, features: Features, prompts: Prompts
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        self.batches.append(prompts)
-        count = len(prompts.boxes)
-        logits = np.ones((count, 128, 128), np.float32)
-        logits[:, 64:] = -1
-        return logits, np.linspace(0, 1, count, dtype=np.float32)
-
-
-def scripted(
-    bundle: Bundle, *answers: str, threads: int = 1
-) -> tuple[Pipeline, ScriptedMLLM, CountingSegmenter]:
-    """A pipeline whose MLLM gives these answers in turn."""
-    ids = [i for answer in answers for i in bundle.tokenizer.encode(answer)]
-    mllm, segmenter = ScriptedMLLM(bundle, ids), CountingSegmenter()
-    return Pipeline(bundle, Sessions(mllm, segmenter), threads=threads, engine="fake"), mllm, segmenter
-
-
-def places(*values: int) -> str:
-    return "".join(f"<|loc_{value:03d}|>" for value in values)
 
 
 def test_two_turns_on_one_cache_equal_recomputing_from_scratch(pipeline: Pipeline) -> None:
@@ -238,90 +148,6 @@ def test_none_stops_early(bundle: Bundle, threads: int) -> None:
     written = result.to_json()
     assert written["none"] is True and written["masks"] == [] and written["spatial"]["boxes"] == []
     assert not masks.decode_rle(written["union"]).any()
-
-
-def test_given_boxes_replace_stage_two(bundle: Bundle) -> None:
-    pipeline, mllm, segmenter = scripted(bundle, "cube; red; any; none")
-    result = pipeline.open(factory.picture()).segment(ONE, boxes=[[16, 12, 80, 60], [0, 0, 160, 120]])
-    assert result.given == ("boxes",) and "spatial" not in result.timings
-    assert result.semantic == SemanticPrompt("cube", "red", "", 2)
-    np.testing.assert_allclose(
-        segmenter.batches[0].boxes, [[0.1, 0.1, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0]], atol=1e-6
-    )
-    np.testing.assert_allclose(segmenter.batches[0].points, [[0.3, 0.3], [0.5, 0.5]], atol=1e-6)
-    np.testing.assert_allclose(result.boxes, [[16, 12, 80, 60], [0, 0, 160, 120]], atol=1e-3)
-
-
-def test_given_semantic_prompt_replaces_stage_one(bundle: Bundle) -> None:
-    pipeline, mllm, _ = scripted(bundle, places(100, 200, 50, 150, 150, 250))
-    result = pipeline.open(factory.picture()).segment(ONE, semantic="Cube; red; -; 1")
-    tokenizer = bundle.tokenizer
-    assert result.given == ("semantic",) and result.semantic.text == "cube; red; any; one"
-    written = tokenizer.expression(ONE) + tokenizer.encode("cube; red; any; one") + tokenizer.between_stages
-    assert mllm.read[:-5] == tokenizer.prefix(64) + written
-    assert result.spatial.locations.tolist() == [[100, 200, 50, 150, 150, 250]]
-    assert result.costs.tokens == 6 and result.costs.forward_calls == 6
-
-
-def test_both_given_need_no_language_model(bundle: Bundle) -> None:
-    pipeline, mllm, _ = scripted(bundle)
-    result = pipeline.open(factory.picture()).segment(
-        ONE, semantic="cube; red; any; one", boxes=[1, 2, 30, 40]
-    )
-    assert mllm.images == 0 and mllm.read == [] and result.costs.forward_calls == 0
-    assert result.given == ("semantic", "boxes") and len(result.instances) == 1
-
-
-def test_given_none_needs_no_model_at_all(bundle: Bundle) -> None:
-    pipeline, mllm, segmenter = scripted(bundle)
-    result = pipeline.open(factory.picture()).segment(ONE, semantic="cube; red; any; none")
-    assert result.is_none and mllm.images == 0 and segmenter.encoded == 0
-
-
-def test_giving_what_was_computed_changes_nothing(plain: Pipeline) -> None:
-    mllm = ScriptedMLLM(plain.bundle, [])
-    answers = ["cube; red; any; two", places(300, 400, 200, 300, 400, 500, 700, 600, 600, 500, 800, 700)]
-    mllm.answers += [i for answer in answers for i in plain.bundle.tokenizer.encode(answer)]
-    sessions = Sessions(mllm, plain.sessions.segmenter)
-    scene = Pipeline(plain.bundle, sessions, threads=1, engine="fake").open(factory.picture(7))
-    computed = scene.segment(TWO)
-    given = scene.segment(TWO, semantic=computed.semantic, boxes=computed.boxes)
-    assert_same(given, computed)
-
-
-def test_the_segmenter_reads_the_semantic_prompt(plain: Pipeline) -> None:
-    scene = plain.open(factory.picture(8))
-    one, other = (
-        scene.segment(ONE, semantic=f"{text}; one", boxes=[10, 10, 90, 90])
-        for text in ("cube; red; any", "sphere; large metal; left of gray cube")
-    )
-    assert not np.array_equal(one.scores, other.scores)
-
-
-@pytest.mark.parametrize(
-    ("given", "error"),
-    [
-        ({"boxes": [[0, 0, 161, 100]]}, BoxError),
-        ({"boxes": [[-1, 0, 10, 10]]}, BoxError),
-        ({"boxes": [[10, 10, 5, 20]]}, BoxError),
-        ({"boxes": [[1, 2, 3]]}, BoxError),
-        ({"boxes": []}, BoxError),
-        ({"boxes": [[1, 2, 3, 4], [5, 6]]}, BoxError),
-        ({"boxes": ["a", "b"]}, BoxError),
-        ({"boxes": [[np.nan, 0, 10, 10]]}, BoxError),
-        ({"boxes": np.tile([0, 0, 10, 10], (65, 1))}, BoxError),
-        ({"semantic": "a cube"}, ExpressionError),
-        ({"semantic": f"{'red blue green ' * 30}; any; any; one"}, ExpressionError),
-        ({"semantic": "cube; any; any; none", "boxes": [0, 0, 10, 10]}, ExpressionError),
-    ],
-)
-def test_what_cannot_be_given_is_refused_before_anything_runs(
-    bundle: Bundle, given: dict[str, Any], error: type[Exception]
-) -> None:
-    pipeline, mllm, segmenter = scripted(bundle)
-    with pytest.raises(error):
-        pipeline.open(factory.picture()).segment(ONE, **given)
-    assert mllm.images == 0 and segmenter.encoded == 0
 
 
 def test_a_bad_expression_spoils_no_batch(bundle: Bundle) -> None:

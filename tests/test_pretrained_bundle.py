@@ -19,6 +19,7 @@ from ppcr.checkpoint import Checkpoint
 from ppcr.config import PPCRConfig
 from ppcr.errors import CheckpointError, EngineError, UsageError
 from ppcr.files import write_json
+from ppcr.framing import Framing
 from ppcr.manifest import Manifest
 from ppcr.model.reference import ReferencePipeline
 from ppcr.pretrained import mllm_config
@@ -109,7 +110,7 @@ def test_second_stage_goes_on_from_a_given_first(
     size = SIZES[config.family][1]
     rows, columns = config.grid_of(size)
     ids = [*tokenizer.prefix(rows * columns), *tokenizer.expression(expression), *tokenizer.encode(semantic)]
-    patches, _ = reference._inputs(image, size)
+    patches, _ = reference._inputs(image, size, Framing.of((100, 210), reference.config.segmenter))
     asked = [*ids, *tokenizer.between_stages]
     answer = reference.generate(asked, patches, tokenizer.spatial_constraint(2), size=size)
     wanted = tokenizer.spatial(answer, size).boxes * np.array([210, 100, 210, 100])

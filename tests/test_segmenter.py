@@ -78,7 +78,7 @@ def encode(text: str) -> list[int]:
 @torch.no_grad()
 def test_contract_shapes(model: Segmenter) -> None:
     features = model.encode(pixels())
-    assert [tuple(f.shape) for f in features] == [(1, 32, 8, 8), (1, 16, 16, 16), (1, 8, 32, 32)]
+    assert [tuple(f.shape) for f in features] == [(1, 1, 64, 32), (1, 1, 64, 4, 16), (1, 1, 64, 4, 4, 8)]
     masks, scores = model.decode(features, *prompts(3))
     assert masks.shape == (3, 32, 32) and scores.shape == (3,)
     assert bool(((scores >= 0) & (scores <= 1)).all()) and bool(masks.isfinite().all())
@@ -89,7 +89,8 @@ def test_default_size_matches_contract() -> None:
     full = Segmenter().eval()
     assert 1.5e6 < sum(p.numel() for p in full.parameters()) < 3e6
     features = full.encode(torch.zeros(1, 3, 256, 256))
-    assert [tuple(f.shape) for f in features] == [(1, 128, 32, 32), (1, 32, 64, 64), (1, 16, 128, 128)]
+    shapes = [(1, 1, 1024, 128), (1, 1, 1024, 4, 32), (1, 1, 1024, 4, 4, 16)]
+    assert [tuple(f.shape) for f in features] == shapes
     masks, scores = full.decode(features, *prompts(2))
     assert masks.shape == (2, 128, 128) and scores.shape == (2,)
     directions = {
@@ -372,9 +373,9 @@ def test_decoder_exports_with_any_number_of_prompts_and_tokens(tmp_path: Path, m
             self.model = model
 
         def forward(self, f, h0, h1, boxes, points, valid, text, mask):  # type: ignore[no-untyped-def]
-            from ppcr.model.image_encoder import ImageFeatures
+            from ppcr.model.mask_decoder import CellFeatures
 
-            return self.model.decode(ImageFeatures(f, h0, h1), boxes, points, valid, text, mask)
+            return self.model.decode(CellFeatures(f, h0, h1), boxes, points, valid, text, mask)
 
     with torch.no_grad():
         features = model.encode(pixels())

@@ -12,7 +12,7 @@ import torch
 
 from export.precision import quantise, quantise_products
 from export.segmenter_graph import FEATURES, OUTPUTS, PROMPTS, write_image_encoder, write_mask_decoder
-from ppcr.model.image_encoder import ImageFeatures
+from ppcr.model.mask_decoder import CellFeatures
 from ppcr.model.segmenter import Segmenter, SegmenterConfig
 
 SIDE, TEXT, MOST = 64, 32, 24
@@ -51,7 +51,7 @@ def pixels() -> torch.Tensor:
     return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
 
 
-def features(segmenter: Segmenter) -> ImageFeatures:
+def features(segmenter: Segmenter) -> CellFeatures:
     with torch.no_grad():
         return segmenter.encode(pixels())
 

@@ -6,6 +6,7 @@ grammar words it (``grammar``). Whatever a person could dispute is dropped on th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,11 @@ class Expression:
 
 
 def sample_expressions(
-    graph: SceneGraph, count: int, rng: np.random.Generator, level: int = 2
+    graph: SceneGraph,
+    count: int,
+    rng: np.random.Generator,
+    level: int = 2,
+    mix: Mapping[str, float] | None = None,
 ) -> list[Expression]:
     """Draw ``count`` expressions, different in wording wherever the scene allows.
 
@@ -77,6 +82,7 @@ def sample_expressions(
         count: how many; a larger count leaves the first ones as they are.
         rng: read once; equal states give equal expressions.
         level: 0 attributes; 1 also one-hop relations and superlatives; 2 everything.
+        mix: kind -> share drawn, instead of the level's ``MIX``.
 
     Raises:
         ValueError: a level other than 0, 1, 2.
@@ -90,7 +96,7 @@ def sample_expressions(
     texts: set[str] = set()
     for _ in range(count):
         for _ in range(_ATTEMPTS):
-            expression = _draw(relations, maker, dice, level)
+            expression = _draw(relations, maker, dice, level, mix or MIX[level])
             if expression.text not in texts:
                 break
         texts.add(expression.text)
@@ -98,9 +104,11 @@ def sample_expressions(
     return found
 
 
-def _draw(relations: Relations, maker: QueryMaker, dice: Dice, level: int) -> Expression:
+def _draw(
+    relations: Relations, maker: QueryMaker, dice: Dice, level: int, shares: Mapping[str, float]
+) -> Expression:
     """One expression of a drawn kind, or of another kind where the scene does not offer that one."""
-    mix = dict(MIX[level])
+    mix = dict(shares)
     while True:
         kind = dice.weighted(tuple(mix), tuple(mix.values()))
         make = getattr(maker, _ATTRIBUTES_ONLY.get(kind, kind) if level == 0 else kind)

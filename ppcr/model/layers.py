@@ -84,12 +84,21 @@ def grid_centers(size: int) -> Tensor:
     return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
+class ChannelNorm(Norm):
+    """LayerNorm over the channels of an image: f[B, C, h, w] -> f[B, C, h, w]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ConvNorm(nn.Sequential):
     """3x3 or 1x1 convolution, batch norm and optionally ReLU; folds into one convolution at inference."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1, relu: bool = True) -> None:
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1, relu: bool = True, groups: int = 1
+    ) -> None:
         layers: list[nn.Module] = [
-            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, groups=groups, bias=False),
             nn.BatchNorm2d(c_out),
         ]
         super().__init__(*layers, *([nn.ReLU()] if relu else []))

@@ -25,9 +25,9 @@ from ppcr.checkpoint import Checkpoint
 from ppcr.config import PPCRConfig
 from ppcr.constraint import Constraint
 from ppcr.errors import BundleError, CheckpointError
+from ppcr.framing import Framing
 from ppcr.model.checkpoint import load_mllm
-from ppcr.model.image_encoder import ImageFeatures
-from ppcr.model.segmenter import Segmenter
+from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
 from ppcr.patches import image_patches, nearest_size
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from ppcr.tokenizer import PromptTokenizer
@@ -109,7 +109,7 @@ class ReferencePipeline:
         config: PPCRConfig,
         tokenizer: PromptTokenizer,
         mllm: Any,
-        segmenter: Segmenter,
+        segmenter: AnySegmenter,
     ) -> None:
         self.config, self.tokenizer, self.mllm, self.segmenter = config, tokenizer, mllm, segmenter
         self.device = next(segmenter.parameters()).device
@@ -129,7 +129,7 @@ class ReferencePipeline:
             checkpoint = Checkpoint.open(checkpoint)
         try:
             tokenizer = tokenizer_of(checkpoint.config, checkpoint.tokenizer)
-            segmenter = Segmenter.load(checkpoint.segmenter)
+            segmenter = load_segmenter(checkpoint.segmenter)
         except (BundleError, OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"cannot read the checkpoint {checkpoint.root}: {error}") from None
         mllm = load_mllm(checkpoint.mllm)
@@ -145,8 +145,9 @@ class ReferencePipeline:
         clock, tokenizer, config = _Clock(), self.tokenizer, self.config.mllm
         question = tokenizer.expression(expression, max_tokens=config.max_expression_tokens)
         size = nearest_size((image.shape[0], image.shape[1]), config.sizes)
+        framing = Framing.of((image.shape[0], image.shape[1]), self.config.segmenter)
         with clock.stage("image"):
-            patches, pixels = self._inputs(image, size)
+            patches, pixels = self._inputs(image, size, framing)
         rows, columns = config.grid_of(size)
         asked = [*tokenizer.prefix(rows * columns), *question]
         with clock.stage("semantic"):
@@ -163,9 +164,9 @@ class ReferencePipeline:
         with clock.stage("encoder"):
             features = self.segmenter.encode(pixels)
         with clock.stage("decoder"):
-            logits, scores = self.decode(features, semantic, spatial)
+            logits, scores = self.decode(features, semantic, spatial, framing)
         with clock.stage("masks"):
-            instances = np.stack([masks.mask_from_logits(one, image.shape[:2]) for one in logits])
+            instances = np.stack([framing.mask(one) for one in logits])
         ids = tuple(semantic_ids), tuple(spatial_ids)
         return ReferenceResult(*ids, semantic, spatial, logits, scores, instances, clock.seconds)
 
@@ -204,27 +205,28 @@ class ReferencePipeline:
         return answer
 
     def decode(
-        self, features: ImageFeatures, semantic: SemanticPrompt, spatial: SpatialPrompt
+        self, features: AnyFeatures, semantic: SemanticPrompt, spatial: SpatialPrompt, framing: Framing
     ) -> tuple[Float32Array, Float32Array]:
         """Mask logits f32 [K, h, w] and scores f32 [K] of one expression's instances."""
         ids = self.tokenizer.encode(semantic.text)[: self.segmenter.config.max_text]
         table = self.mllm.get_input_embeddings().weight
         text = table[torch.tensor(ids, device=self.device)].expand(spatial.count, -1, -1)
         logits, scores = self.segmenter.decode(
-            features,
-            torch.from_numpy(spatial.boxes).to(self.device),
-            torch.from_numpy(spatial.points).to(self.device),
+            features,  # type: ignore[arg-type]  # a segmenter's own, by construction
+            torch.from_numpy(framing.place(spatial.boxes)).to(self.device),
+            torch.from_numpy(framing.place(spatial.points)).to(self.device),
             torch.ones(spatial.count, device=self.device),
             text,
             torch.ones(text.shape[:2], dtype=torch.bool, device=self.device),
         )
         return logits.cpu().numpy(), scores.cpu().numpy()
 
-    def _inputs(self, image: images.UInt8Image, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def _inputs(
+        self, image: images.UInt8Image, size: tuple[int, int], framing: Framing
+    ) -> tuple[Tensor, Tensor]:
         """Patches of the MLLM and pixels [1, 3, S, S] of the segmenter."""
-        s = self.config.segmenter
         patches = image_patches(image, size, self.config.mllm)
-        whole = images.normalise(images.resize(image, s.image_size), s.mean, s.std)
+        whole = framing.pixels(image)
         return torch.from_numpy(patches).to(self.device), torch.from_numpy(whole)[None].to(self.device)
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ppcr.model.image_encoder import ImageEncoder, ImageFeatures
-from ppcr.model.mask_decoder import MaskDecoder
+from ppcr.model.image_encoder import ImageEncoder
+from ppcr.model.mask_decoder import CellFeatures, MaskDecoder
 from ppcr.model.prompt_encoder import PromptEncoder, Prompts
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -76,6 +76,9 @@ class SegmenterConfig:
 class Segmenter(nn.Module):
     """Image encoder, prompt encoder and mask decoder as one module."""
 
+    features = CellFeatures
+    """What `encode` answers with."""
+
     def __init__(self, config: SegmenterConfig | None = None) -> None:
         super().__init__()
         self.config = c = config or SegmenterConfig()
@@ -106,14 +109,14 @@ class Segmenter(nn.Module):
             mlp=c.mlp,
         )
 
-    def encode(self, pixels: Tensor) -> ImageFeatures:
+    def encode(self, pixels: Tensor) -> CellFeatures:
         """pixels f32[B, 3, S, S], RGB normalised with pixel_mean and pixel_std -> features."""
-        features: ImageFeatures = self.image_encoder(pixels)
+        features: CellFeatures = self.mask_decoder.prepare(self.image_encoder(pixels))
         return features
 
     def decode(
         self,
-        features: ImageFeatures,
+        features: CellFeatures,
         boxes: Tensor,
         points: Tensor,
         spatial_valid: Tensor,
@@ -130,7 +133,7 @@ class Segmenter(nn.Module):
         masks, scores = self.decode_batch(features, Prompts(*(t.unsqueeze(0) for t in given)))
         return masks.squeeze(0), scores.squeeze(0)
 
-    def decode_batch(self, features: ImageFeatures, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def decode_batch(self, features: CellFeatures, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """K prompts for each of B images -> mask logits f[B, K, S/2, S/2] and scores f32[B, K]."""
         encoded = self.prompt_encoder(prompts)
         masks, scores = self.mask_decoder(features, encoded, self.prompt_encoder.cell_positions)

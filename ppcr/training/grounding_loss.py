@@ -8,12 +8,15 @@ The supervisors are small heads thrown away after training; the checkpoint stays
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZES
 from ppcr.prompts import LOCATION_BINS, LOCATIONS_PER_INSTANCE, MAX_TARGETS
+from ppcr.training.supervision import QUESTIONS
 
 CLASS_SIZES = (len(SHAPES), len(COLORS), len(MATERIALS), len(SIZES))
 
@@ -93,46 +96,48 @@ class ObjectHead(nn.Module):
 class PointingHead(nn.Module):
     """Answer tokens choose cells by dot product, and say how many targets there are.
 
-    One more choice stands for "nothing there". Beside the choice, each cell is a yes-or-no question against
-    that choice: a model that only ranks cells never learns that the best one may not fit.
+    Three questions: where the targets are, where the landmarks, and where the candidates. One more choice
+    stands for "nothing there". Beside the choice, each cell is a yes-or-no question against that choice: a
+    model that only ranks cells never learns that the best one may not fit.
     """
 
     def __init__(self, width: int, grid: int, channels: int = 128) -> None:
         super().__init__()
         self.grid = grid
-        self.query = nn.ModuleList(nn.Linear(width, channels) for _ in range(2))
-        self.key = nn.ModuleList(nn.Linear(width, channels) for _ in range(2))
-        self.nothing = nn.Parameter(torch.zeros(2, channels))
+        self.query = nn.ModuleList(nn.Linear(width, channels) for _ in QUESTIONS)
+        self.key = nn.ModuleList(nn.Linear(width, channels) for _ in QUESTIONS)
+        self.nothing = nn.Parameter(torch.zeros(len(QUESTIONS), channels))
         self.channels = channels
         self.counts = nn.Linear(width, MAX_TARGETS + 1)
 
     def forward(
         self,
-        answers: tuple[Tensor, Tensor],
-        scene: Tensor,
-        image: tuple[Tensor, Tensor],
+        answers: Sequence[Tensor],
+        image: Sequence[Tensor],
+        rows: Tensor,
         centres: Tensor,
         wanted: Tensor,
     ) -> dict[str, Tensor]:
         """Loss terms, and the share of answers whose first choice of a target is right.
 
         Args:
-            answers: [M, width] hidden states to find targets, and those to find landmarks, with.
-            scene: int64 [M], the image each answer belongs to.
-            image: [B, grid*grid, width] hidden states of image tokens, for targets and for landmarks.
-            centres: [B, N, 2] object centres; wanted: bool [M, 2, N] targets and landmarks.
+            answers: per question, hidden states [B, T, width] to ask with.
+            image: per question, hidden states [B, grid*grid, width] of image tokens.
+            rows: bool [B, T], the M positions that ask.
+            centres: [B, N, 2] object centres; wanted: bool [M, 3, N] in the order of ``rows``.
         """
         scores = []
         for query, key, nothing, answer, tokens in zip(
             self.query, self.key, self.nothing, answers, image, strict=True
         ):
-            asked = query(answer).float()
-            fitting = torch.einsum("mc,mpc->mp", asked, key(tokens).float()[scene])
-            scores.append(torch.cat([fitting, (asked @ nothing)[:, None]], -1))
-        logits = torch.stack(scores, 1).float() / self.channels**0.5  # [M, 2, cells + 1]
+            asked = query(answer)
+            fitting = (asked @ key(tokens).transpose(1, 2))[rows]
+            scores.append(torch.cat([fitting, (asked[rows] @ nothing.to(asked.dtype))[:, None]], -1))
+        logits = torch.stack(scores, 1).float() / self.channels**0.5  # [M, 3, cells + 1]
+        scene = torch.nonzero(rows)[:, 0]
         cells = _cells(centres, self.grid)[scene]  # [M, N]
         target = torch.zeros_like(logits)
-        target.scatter_add_(-1, cells[:, None].expand(-1, 2, -1), wanted.float())
+        target.scatter_add_(-1, cells[:, None].expand(-1, len(QUESTIONS), -1), wanted.float())
         target = target.clamp_(max=1.0)
         margins = logits[..., :-1] - logits[..., -1:]
         fits = F.binary_cross_entropy_with_logits(margins, target[..., :-1], reduction="none").sum(-1).mean()
@@ -140,9 +145,40 @@ class PointingHead(nn.Module):
         target = torch.cat([target[..., :-1], nothing], -1)
         target = target / target.sum(-1, keepdim=True)
         loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
-        right = target.gather(-1, logits.argmax(-1, keepdim=True)).gt(0)[:, 0].float().mean()
-        counts = F.cross_entropy(self.counts(answers[0]).float(), wanted[:, 0].sum(-1))
-        return {"point": loss, "fits": fits, "many": counts, "pointed": right}
+        right = target.gather(-1, logits.argmax(-1, keepdim=True)).gt(0).squeeze(-1).float().mean(0)
+        counts = F.cross_entropy(self.counts(answers[0][rows]).float(), wanted[:, 0].sum(-1))
+        shares = dict(zip(("pointed", *QUESTIONS[1:]), right, strict=True))
+        return {"point": loss, "fits": fits, "many": counts, **shares}
+
+
+class StandingHead(nn.Module):
+    """Answer tokens say of every object whether it stands in the named relation, whatever it is.
+
+    That nothing fits "the cube left of the ball" follows from where the ball is and where the cubes are; the
+    targets alone, of which there are none, teach neither.
+    """
+
+    def __init__(self, width: int, grid: int, channels: int = 128) -> None:
+        super().__init__()
+        self.grid, self.channels = grid, channels
+        self.query, self.key = nn.Linear(width, channels), nn.Linear(width, channels)
+
+    def forward(
+        self, answers: Tensor, image: Tensor, rows: Tensor, centres: Tensor, standing: Tensor, known: Tensor
+    ) -> dict[str, Tensor]:
+        """Mean cross-entropy over what is known, and the share that is right.
+
+        Args:
+            answers: [B, T, width]; image: [B, grid*grid, width]; rows: bool [B, T], the M positions that ask.
+            centres: [B, N, 2] object centres; standing, known: bool [M, N] in the order of ``rows``.
+        """
+        objects = self.key(image).gather(
+            1, _cells(centres, self.grid)[..., None].expand(-1, -1, self.channels)
+        )
+        scores = (self.query(answers) @ objects.transpose(1, 2))[rows].float() / self.channels**0.5
+        losses = F.binary_cross_entropy_with_logits(scores, standing.float(), reduction="none")
+        right = ((scores > 0) == standing)[known].float()
+        return {"stand": (losses * known).sum() / known.sum().clamp(min=1), "standing": right.mean()}
 
 
 class PlaceHead(nn.Module):

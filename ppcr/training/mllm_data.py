@@ -12,12 +12,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from ppcr.data.expressions import sample_expressions
+from ppcr.data.expressions import Expression, sample_expressions
 from ppcr.data.graph import SceneGraph, sample_scene
 from ppcr.data.render import render
-from ppcr.training.packing import Packer, attention_mask, stack
+from ppcr.training.packing import Packer, stack
 
 OBJECTS = 14
+HARD_MIX = {
+    "attribute": 0.13,
+    "relation": 0.17,
+    "between": 0.04,
+    "superlative": 0.05,
+    "ordinal": 0.07,
+    "negation": 0.07,
+    "two_hop": 0.06,
+    "plural": 0.14,
+    "none_attribute": 0.15,
+    "none_relation": 0.12,
+}
+"""What is drawn at level 2: more of what is hard than ``expressions.MIX`` has, which level 3 goes back to."""
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
@@ -70,7 +83,8 @@ def draw(graphs: list[SceneGraph], size: int, patch: int, merge: int, device: to
 class Conversations(IterableDataset[dict[str, Any]]):
     """Endless batches of packed conversations, from step ``start`` on; a step's batch depends on the seed.
 
-    ``level(step)`` gives the grammar's difficulty. ``render_here`` renders in the loading process (CPU
+    ``level`` is the grammar's difficulty, -1 for no expressions; 3 is 2 in the shares of ``expressions.MIX``.
+    ``render_here`` renders in the loading process (CPU
     training); otherwise the graphs travel and the training process renders on its device.
     """
 
@@ -93,15 +107,15 @@ class Conversations(IterableDataset[dict[str, Any]]):
     def make(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, step))
         graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch)]
-        level = int(self.level.value)
-        packs = [
-            self.packer.pack(
-                sample_expressions(g, self.packer.conversations, rng, level) if level >= 0 else []
-            )
-            for g in graphs
-        ]
+        packs = [self.packer.pack(graph, self._expressions(graph, rng)) for graph in graphs]
         arrays = stack(packs)
         out: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items()}
-        out["mask"] = torch.from_numpy(attention_mask(arrays["segment"]))
         out["scenes"] = draw(graphs, *self.render_here) if self.render_here else graphs
         return out
+
+    def _expressions(self, graph: SceneGraph, rng: np.random.Generator) -> list[Expression]:
+        level = int(self.level.value)
+        if level < 0:
+            return []
+        mix = HARD_MIX if level == 2 else None
+        return sample_expressions(graph, self.packer.conversations, rng, min(level, 2), mix)

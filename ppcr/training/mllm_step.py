@@ -10,13 +10,15 @@ from torch.nn import functional as F
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ppcr.model.mllm import TinyMLLM, text_hidden, vision_features
+from ppcr.model.slot_attention import SLOTS, Layout
 from ppcr.prompts import LOCATION_BINS
-from ppcr.training.grounding_loss import ObjectHead, PlaceHead, PointingHead, location_targets
+from ppcr.training.grounding_loss import ObjectHead, PlaceHead, PointingHead, StandingHead, location_targets
 from ppcr.training.mllm_data import Scenes, draw
 from ppcr.training.packing import IGNORE
+from ppcr.training.supervision import QUESTIONS
 
 LOOK_SHARE = 0.3
-SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.15, "many": 0.3}
+SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.3, "many": 0.3, "stand": 0.5}
 """Weight of each loss term once the model talks; looking alone weighs 1, then LOOK_SHARE."""
 
 
@@ -28,12 +30,17 @@ class Trainer(nn.Module):
         model: Qwen2_5_VLForConditionalGeneration,
         size: TinyMLLM,
         first_location: int,
-        taps: tuple[int, int],
+        taps: tuple[int, int, int],
+        layout: Layout,
+        none: int,
     ) -> None:
         super().__init__()
         self.model, self.size, self.first_location, self.taps = model, size, first_location, taps
+        self.layout, self.none = layout, none
+        model.model.language_model.config._attn_implementation = SLOTS
         self.objects = ObjectHead(size.hidden, size.grid)
         self.pointing = PointingHead(size.hidden, size.grid)
+        self.standing = StandingHead(size.hidden, size.grid)
         self.places = PlaceHead(size.hidden, size.grid)
 
     def look(self, scenes: Scenes, *, frozen: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
@@ -59,8 +66,8 @@ class Trainer(nn.Module):
         embeddings = language.embed_tokens(ids)
         is_image = ids == self.model.config.image_token_id
         embeddings = embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
-        hidden, (early, late) = text_hidden(
-            language, embeddings, batch["positions"].transpose(0, 1), batch["mask"], taps=self.taps
+        hidden, tapped = text_hidden(
+            language, embeddings, batch["positions"].transpose(0, 1), self.layout, taps=self.taps
         )
         table = language.embed_tokens.weight
         words = batch["labels"] != IGNORE
@@ -75,12 +82,13 @@ class Trainer(nn.Module):
         soft = location_targets(true_values, sigma)
         terms["place"] = -(soft * place_logits.log_softmax(-1)).sum(-1).mean()
         rows = batch["pointing"] >= 0
-        scene = torch.nonzero(rows)[:, 0]
-        conversation = batch["pointing"][rows]
-        wanted = torch.stack([batch["targets"], batch["landmarks"]], 2)[scene, conversation]
+        wanted = batch["wanted"][torch.nonzero(rows)[:, 0], batch["pointing"][rows]]
         centres = (scenes.boxes[..., :2] + scenes.boxes[..., 2:]) / 2
-        found, image = (h[is_image].view(ids.shape[0], -1, h.shape[-1]) for h in (early, late))
-        terms |= self.pointing((late[rows], early[rows]), scene, (image, found), centres, wanted)
+        seen, related, image = (h[is_image].view(ids.shape[0], -1, h.shape[-1]) for h in tapped)
+        early, middle, late = tapped
+        asked = wanted[:, : len(QUESTIONS)]
+        terms |= self.pointing((late, early, early), (image, seen, seen), rows, centres, asked)
+        terms |= self.standing(middle, related, rows, centres, wanted[:, -2], wanted[:, -1])
         coordinates = coordinates.view(*scenes.present.shape, -1)
         terms["spell"] = self.places(image, coordinates, scenes.present, locations, sigma)
         with torch.no_grad():
@@ -88,6 +96,7 @@ class Trainer(nn.Module):
             counted = weight > 1
             terms["words"] = right[~counted].mean()
             terms["count"] = right[counted].mean()
+            terms["none"] = right[counted & (labels == self.none)].mean()
             off = (place_logits.argmax(-1) + 0.5) / LOCATION_BINS - true_values
             terms["within_3pc"] = (off.abs() < 0.03).float().mean()
             terms["off"] = off.abs().mean()
@@ -115,9 +124,4 @@ def to_device(
     scenes = batch.pop("scenes")
     if not isinstance(scenes, Scenes):
         scenes = draw(scenes, size.image_size, size.patch, size.merge, device)
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-    if device.type == "cpu":  # plain_attention adds its mask
-        batch["mask"] = torch.zeros(batch["mask"].shape, dtype=torch.bfloat16).masked_fill_(
-            ~batch["mask"], -1e4
-        )
-    return batch, scenes
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}, scenes

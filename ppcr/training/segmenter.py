@@ -163,11 +163,12 @@ class Trainer:
         index = torch.from_numpy(rows).to(self.device)
         coverage = targets.coverage()
         with autocast(self.device):
-            features = self.model.encode(pixels(self.pool, index, self.model))
+            encoded_image = self.model.image_encoder(pixels(self.pool, index, self.model))
+            features = self.model.mask_decoder.prepare(encoded_image)
             encoded = self.model.prompt_encoder(prompts)
             positions = self.model.prompt_encoder.cell_positions
             logits, scores = self.model.mask_decoder(features, encoded, positions)
-            cells = features.image_features
+            cells = encoded_image.image_features
             dense = self.aids["dense"](cells, self.pool, index, targets)
             text_tokens = encoded.tokens[..., SPATIAL_TOKENS:, :]
             words = self.aids["words"](cells, text_tokens, prompts.text_mask.any(-1), targets)

@@ -1,0 +1,258 @@
+"""``python benchmarks/kernel.py``: the prompt-feature attention kernels: floor, correctness, resources,
+times.
+
+Prints the card first: FLOPs, bytes and the least time of each problem. Without a GPU the kernels run in
+Triton's interpreter against a float64 reference and are compiled ahead of time; nothing is timed, and the
+output says so. On a GPU every kernel runs there in each dtype, and is timed as replayed CUDA graphs, with a
+warm and a cold cache, beside torch's attention backends, torch.compile and FlexAttention. The last line is
+one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+
+from benchmarks import machine, results
+from benchmarks.kernel_cases import BOUNDS, DTYPES
+from benchmarks.kernel_count import decoder_kernels
+from benchmarks.kernel_floor import H200, floor_of, two_way
+from kernels.plan import Problem, plan_read, plan_write, read_variants, token_variants, write_variants
+from kernels.reference import DIRECTIONS
+from ppcr.errors import CommandParser, EngineError, PPCRError, UsageError, run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = (80, 90, 120)
+UNTIMED = "compiled for sm_90, checked in the interpreter, not yet timed"
+COUNTS = (1, 8, 64)
+SHIPPED = Problem(1, 1, True, 13, 1024, 128, 4, 16, 2)
+SAM = Problem(1, 1, True, 13, 4096, 256, 8, 16, 2)
+SAM_LONG = Problem(1, 1, True, 133, 4096, 256, 8, 16, 2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    made = CommandParser(description="The prompt-feature attention kernels: floor, correctness, times.")
+    made.add_argument("--seed", type=int, metavar="N", help="of the inputs (default: a fresh one)")
+    made.add_argument(
+        "--targets", type=int, nargs="+", metavar="CC", choices=TARGETS,
+        help="compute capabilities to compile for (default: 80 90 120, on a GPU its own)",
+    )  # fmt: skip
+    made.add_argument(
+        "--save", nargs="?", const="kernel", metavar="NAME", help="write results/NAME.json (default: kernel)"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_cli(lambda: _kernel(parser().parse_args(words), words))
+
+
+def _kernel(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    results.check_name(arguments.save)
+    if importlib.util.find_spec("triton") is None:
+        raise EngineError("the kernels need triton: pip install 'triton>=3.6,<4'")
+    if arguments.seed is not None and arguments.seed < 0:
+        raise UsageError(f"--seed must be 0 or more, not {arguments.seed}")
+    seed = int.from_bytes(os.urandom(3)) if arguments.seed is None else arguments.seed
+    on_gpu, described = torch.cuda.is_available(), machine.describe()
+    if on_gpu:
+        described |= {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
+    described |= {"triton": importlib.metadata.version("triton")}
+    print(*card(), sep="\n")
+    print("machine  " + ", ".join(f"{name} {value}" for name, value in described.items()))
+    print(f"where    {'GPU' if on_gpu else 'no GPU: ' + UNTIMED}; seed {seed}", flush=True)
+
+    summary: dict[str, Any] = {"device": described.get("gpu", "cpu"), "timed": on_gpu, "seed": seed}
+    record: dict[str, Any] = {}
+    errors = _on_gpu(seed) if on_gpu else interpreted(seed)
+    record["errors"] = errors
+    summary["max_relative_error"] = worst(errors)
+    print(*error_table(errors), sep="\n", flush=True)
+    for key, mode in (("decoder_kernels_before", "off"), ("decoder_kernels_after", "op")):
+        summary[key] = decoder_kernels(mode).total
+    record["resources"] = rows = resources(arguments.targets or _targets(on_gpu))
+    summary["compiled"] = compiled(rows)
+    print(*resource_table(rows), sep="\n", flush=True)
+    good = all(value <= BOUNDS[name] for name, value in summary["max_relative_error"].items())
+    # A time does not count while an error is out of its bound.
+    if on_gpu and good:
+        record |= _timed(seed, summary)
+    if arguments.save is not None:
+        results.save(arguments.save, "kernel.py", words, described, {**record, "summary": summary})
+    print(json.dumps(summary))
+    if not good:
+        raise KernelError(f"a kernel is off by more than its bound: {summary['max_relative_error']}")
+    return 0
+
+
+class KernelError(PPCRError):
+    """A kernel disagrees with its reference."""
+
+
+def card() -> list[str]:
+    """FLOPs, bytes and floor of each problem."""
+    lines = [f"{'problem':<36}{'GFLOP':>9}{'MB':>9}{'floor, us (' + H200.name + ')':>20}"]
+    for name, problem in (("shipped", SHIPPED), ("SAM", SAM), ("SAM, 133 tokens", SAM_LONG)):
+        for direction in DIRECTIONS:
+            floor = floor_of(problem, direction)
+            lines.append(_card_line(f"{name}, {direction}", floor.flops, floor.bytes, floor.seconds()))
+    for count in COUNTS:
+        floor = two_way(Problem(1, count, True, *_sizes(SAM)))
+        lines.append(_card_line(f"SAM, both, {count} expressions", floor.flops, floor.bytes, floor.seconds()))
+    return lines
+
+
+def _sizes(p: Problem) -> tuple[int, int, int, int, int, int]:
+    return p.tokens, p.cells, p.dim, p.heads, p.head_dim, p.itemsize
+
+
+def _card_line(name: str, flops: float, size: float, seconds: float) -> str:
+    return f"  {name:<34}{flops / 1e9:>9.3f}{size / 1e6:>9.2f}{seconds * 1e6:>20.2f}"
+
+
+def interpreted(seed: int) -> list[dict[str, Any]]:
+    """Every case in Triton's interpreter, in a process of its own: the switch works only before the import.
+
+    Raises:
+        KernelError: the process did not come to an end.
+    """
+    command = [sys.executable, "-m", "benchmarks.kernel_cases", "--seed", str(seed)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    if done.stderr.strip() and done.returncode not in (0, 1):
+        raise KernelError(f"the interpreter stopped: {done.stderr.strip().splitlines()[-1]}")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    if not rows:
+        raise KernelError(f"the interpreter ran no case: {done.stderr.strip()[-300:]}")
+    return rows
+
+
+def _targets(on_gpu: bool) -> Sequence[int]:
+    if not on_gpu:
+        return TARGETS
+    major, minor = torch.cuda.get_device_capability()
+    return [10 * major + minor] if 10 * major + minor in TARGETS else TARGETS
+
+
+def _on_gpu(seed: int) -> list[dict[str, Any]]:
+    from benchmarks.kernel_gpu import correctness
+
+    return correctness(seed)
+
+
+def worst(errors: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The largest relative error of each dtype; NaN counts as infinite."""
+    return {
+        name: max(
+            (row["error"] if row["error"] == row["error"] else float("inf"))
+            for row in errors
+            if row["dtype"] == name
+        )
+        for name in DTYPES
+    }
+
+
+def error_table(errors: Sequence[dict[str, Any]]) -> list[str]:
+    """The errors as text, each beside that of plain torch in the same dtype."""
+    lines = [f"{'case':<70}{'error':>10}{'torch':>10}"]
+    return lines + [f"  {row['case']:<68}{row['error']:>10.1e}{row['torch_error']:>10.1e}" for row in errors]
+
+
+def resources(targets: Sequence[int]) -> list[dict[str, Any]]:
+    """Resources of each kernel at the shipped sizes and SAM's, in fp16, for each target."""
+    from kernels.compiled import compile_variant
+
+    rows, seen = [], set()
+    for capability in targets:
+        for problem in (SHIPPED, SAM, SAM_LONG):
+            read = read_variants(problem, plan_read(problem), mask=True)
+            write = write_variants(problem, plan_write(problem), mask=True, after=True)
+            tokens = token_variants(min(problem.tokens, 64), problem.dim, problem.heads, 256, 2)
+            for variant in (*read.values(), *write.values(), *tokens.values()):
+                key = capability, variant.kernel, tuple(sorted(variant.constants.items()))
+                if key not in seen:
+                    seen.add(key)
+                    found = compile_variant(variant, "fp16", capability)
+                    rows.append({"dim": problem.dim, "capability": capability, **found.to_json()})
+    return rows
+
+
+def compiled(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By target: kernels, bytes spilled, most shared memory and registers, fewest matrix instructions."""
+    found = {}
+    for capability in sorted({row["capability"] for row in rows}):
+        here = [row for row in rows if row["capability"] == capability]
+        found[f"sm_{capability}"] = {
+            "kernels": len(here),
+            "spilled": sum(row["stack"] + row["local"] for row in here),
+            "shared": max(row["shared"] for row in here),
+            "registers": max(row["registers"] for row in here),
+            "tensor_core": min(row["tensor_core"] for row in here),
+        }
+    return found
+
+
+def resource_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The resources as text."""
+    names = "kernel", "dim", "target", "registers", "stack", "shared", "tensor_core"
+    lines = ["  " + "".join(f"{name:>14}" for name in names)]
+    return lines + ["  " + "".join(f"{row[name]:>14}" for name in names) for row in rows]
+
+
+def _timed(seed: int, summary: dict[str, Any]) -> dict[str, Any]:
+    """Everything that needs a GPU, into `summary`; the rows of the table, for the result file.
+
+    Time on a GPU is scarce: a part that fails is named in ``failed`` and does not cost the others.
+    """
+    from benchmarks import kernel_gpu as gpu
+
+    failed: dict[str, str] = {}
+
+    def part(name: str, body: Callable[[], Any]) -> Any:
+        try:
+            return body()
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}"[:300]
+            print(f"note     {name} failed: {failed[name]}", flush=True)
+            return None
+
+    rows = part("times", lambda: gpu.times(COUNTS, seed)) or []
+    for row in rows:
+        print(
+            f"  {row.system:<16}{row.expressions:>4} expressions  warm {row.warm.p50 * 1e6:>8.1f} us  "
+            f"cold {row.cold.p50 * 1e6:>8.1f} us  error {row.error:.1e}",
+            flush=True,
+        )
+    bandwidth = part("copy bandwidth", gpu.copy_bandwidth)
+    if rows and bandwidth:
+        summary |= part("summary", lambda: gpu.summary(rows, bandwidth)) or {}
+    summary["image_bytes"] = SAM.cells * SAM.dim * SAM.itemsize
+    summary["read_workspace_bytes"] = part("memory", lambda: gpu.memory(COUNTS, seed))
+    for key, mode in (("before", "off"), ("after", "auto")):
+        name = f"decoder_kernels_profiled_{key}"
+        summary[name] = part(name, partial(gpu.profiled_launches, mode))
+    masks = part("masks", lambda: gpu.masks_agree(seed))
+    summary["masks_iou"], summary["decode_speedup"] = masks or (None, None)
+    summary["failed"] = failed
+    return {"rows": [row.to_json() for row in rows]}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,248 @@
+"""``python benchmarks/segmenter.py --checkpoint CKPT --bundle DIR``: the segmenter by itself, beside torch.
+
+Torch eager and every precision of the bundle take turns on one image in one process: encoding it, one box,
+and many boxes. Prints a table and as last line one JSON object. Needs no MLLM: the boxes are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks import machine, results
+from benchmarks.systems import framing_of, placed
+from benchmarks.timing import Spread
+from ppcr import images, masks
+from ppcr.config import PPCRConfig
+from ppcr.errors import CommandParser, UsageError, run_cli
+from ppcr.framing import Framing
+from runtime.bundle import DEFAULT_BUNDLE, Bundle
+from runtime.session import Prompts
+
+Float32Array = npt.NDArray[np.float32]
+TORCH = "torch"
+PARTS = ("encode", "one box", "many boxes")
+# Below this agreement with torch a speed-up does not count.
+_LEAST_IOU = {"fp32": 0.995, "int8": 0.95}
+
+
+@dataclass(frozen=True)
+class System:
+    """One row: `encode` pixels f32 [3, S, S]; `decode` the features with prompts to logits f32 [N, h, w]."""
+
+    name: str
+    encode: Callable[[Float32Array], Any]
+    decode: Callable[[Any, Prompts], Float32Array]
+
+
+@dataclass
+class Times:
+    """Seconds of each repeat, by part: waited for, and of the processor."""
+
+    wall: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+
+    @classmethod
+    def empty(cls) -> Times:
+        return cls({part: [] for part in PARTS}, {part: [] for part in PARTS})
+
+    def run(self, part: str, body: Callable[[], Any]) -> Any:
+        """What ``body`` answers, timed as ``part``."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        answer = body()
+        self.wall[part].append(time.perf_counter() - wall)
+        self.cpu[part].append(time.process_time() - cpu)
+        return answer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's own) and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return run_cli(lambda: _main(parser().parse_args(words), words))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    made = CommandParser(description="Latency of a segmenter: torch eager and a bundle's precisions.")
+    made.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what the bundle is of")
+    made.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR")
+    made.add_argument("--image", type=Path, metavar="FILE", help="default: random pixels, 640x480")
+    made.add_argument("--boxes", type=int, default=16, metavar="N", help="the many (default: %(default)s)")
+    made.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
+    made.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
+    results.add_option(made)
+    return made
+
+
+def _main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    results.check_name(arguments.save)
+    if min(arguments.boxes, arguments.repeats, arguments.threads) < 1:
+        raise UsageError("--boxes, --repeats and --threads must be 1 or more")
+    bundles = _bundles(arguments.bundle)
+    config = next(iter(bundles.values())).config
+    image = _image(arguments.image)
+    framing = framing_of(image, config)
+    pixels = framing.pixels(image)
+    torch_row = torch_system(arguments.checkpoint, config, arguments.threads)
+    systems = [torch_row, *(engine(bundle, arguments.threads) for bundle in bundles.values())]
+    width = next(iter(bundles.values())).embedding.shape[1]
+    one, many = (box_prompts(count, width, framing) for count in (1, arguments.boxes))
+    times, drawn = turns(systems, pixels, one, many, arguments.repeats)
+    agreement = {
+        name: float(np.mean([masks.iou(a > 0, b > 0) for a, b in zip(found, drawn[TORCH], strict=True)]))
+        for name, found in drawn.items()
+    }
+    rows = {system.name: figures(times[system.name], times[TORCH]) for system in systems}
+    print(f"{image.shape[1]}x{image.shape[0]} image, {arguments.boxes} boxes, threads: {arguments.threads}")
+    print(*table(rows, agreement), sep="\n")
+    result = {
+        "benchmark": "segmenter",
+        "family": config.segmenter.family,
+        "boxes": arguments.boxes,
+        "threads": arguments.threads,
+        "rows": {name: {**row, "mean_mask_iou": round(agreement[name], 5)} for name, row in rows.items()},
+    }
+    if arguments.save is not None:
+        results.save(arguments.save, "segmenter.py", words, machine.describe(), result)
+    print(
+        json.dumps({**result, "load_1min": machine.describe()["load_1min"], "versions": machine.versions()})
+    )
+    return 0
+
+
+def torch_system(checkpoint: Path, config: PPCRConfig, threads: int) -> System:
+    """The torch reference of a checkpoint's segmenter.
+
+    Raises:
+        CheckpointError, UsageError: unreadable, or not what the bundle was built from.
+    """
+    import torch
+
+    from ppcr.checkpoint import Checkpoint
+    from ppcr.errors import CheckpointError
+    from ppcr.model.segmenters import load_segmenter
+
+    opened = Checkpoint.open(checkpoint)
+    if opened.config.segmenter != config.segmenter:
+        raise UsageError(f"the bundle was not built from {checkpoint}: their segmenters differ")
+    torch.set_num_threads(threads)
+    try:
+        model = load_segmenter(opened.segmenter)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {opened.segmenter}: {error}") from None
+
+    def encode(pixels: Float32Array) -> Any:
+        with torch.inference_mode():
+            return model.encode(torch.from_numpy(pixels)[None])
+
+    def decode(features: Any, prompts: Prompts) -> Float32Array:
+        given = (torch.from_numpy(np.ascontiguousarray(part)) for part in vars(prompts).values())
+        with torch.inference_mode():
+            return np.asarray(model.decode(features, *given)[0].numpy(), np.float32)
+
+    return System(TORCH, encode, decode)
+
+
+def engine(bundle: Bundle, threads: int) -> System:
+    """A bundle's segmenter on onnxruntime."""
+    from runtime.onnxruntime_session import load_segmenter
+
+    session = load_segmenter(bundle, threads=threads)
+    return System(
+        bundle.precision, session.encode, lambda features, given: session.decode(features, given)[0]
+    )
+
+
+def box_prompts(count: int, width: int, framing: Framing) -> Prompts:
+    """``count`` boxes spread over the image, without text."""
+    rng = np.random.default_rng(count)
+    low = rng.uniform(0, 0.6, (count, 2))
+    boxes = np.concatenate([low, low + rng.uniform(0.1, 0.4, (count, 2))], axis=1).astype(np.float32)
+    points = ((boxes[:, :2] + boxes[:, 2:]) / 2).astype(np.float32)
+    text = np.zeros((count, 1, width), np.float32)
+    valid = np.ones(count, np.float32)
+    return placed(Prompts(boxes, points, valid, text, np.zeros((count, 1), np.bool_)), framing)
+
+
+def turns(
+    systems: Sequence[System], pixels: Float32Array, one: Prompts, many: Prompts, repeats: int
+) -> tuple[dict[str, Times], dict[str, Float32Array]]:
+    """Each system's times, the systems taking turns, and its logits for the many boxes."""
+    times = {system.name: Times.empty() for system in systems}
+    drawn = {}
+    for system in systems:  # warm-up, which does not count
+        drawn[system.name] = system.decode(system.encode(pixels), many)
+    for _ in range(repeats):
+        for system in systems:
+            clock, decode = times[system.name], system.decode
+            features = clock.run("encode", lambda s=system: s.encode(pixels))  # type: ignore[misc]
+            clock.run("one box", lambda d=decode, f=features: d(f, one))  # type: ignore[misc]
+            clock.run("many boxes", lambda d=decode, f=features: d(f, many))  # type: ignore[misc]
+    return times, drawn
+
+
+def figures(times: Times, plain: Times) -> dict[str, Any]:
+    """Median seconds of a row, and how many times faster than ``plain`` it is."""
+    row: dict[str, Any] = {}
+    for part in PARTS:
+        row[part] = {**Spread.of(times.wall[part]).to_json(), "cpu_p50_s": _median(times.cpu[part])}
+    for name, part in (("image and one box", "one box"), ("image and many boxes", "many boxes")):
+        mine, theirs = (np.median(np.add(t.wall["encode"], t.wall[part])) for t in (times, plain))
+        cpu = [np.median(np.add(t.cpu["encode"], t.cpu[part])) for t in (times, plain)]
+        row[name] = {
+            "p50_s": round(float(mine), 6),
+            "speedup": round(float(theirs / mine), 3),
+            "cpu_speedup": round(float(cpu[1] / cpu[0]), 3),
+        }
+    for part in PARTS:
+        row[part]["speedup"] = round(_median(plain.wall[part]) / _median(times.wall[part]), 3)
+        row[part]["cpu_speedup"] = round(_median(plain.cpu[part]) / _median(times.cpu[part]), 3)
+    return row
+
+
+def table(rows: dict[str, dict[str, Any]], agreement: dict[str, float]) -> list[str]:
+    """Lines: milliseconds waited (of the processor) and speed-up, for each part."""
+    lines = [f"{'':<8}" + "".join(f"{part:>30}" for part in PARTS) + f"{'mask IoU':>12}"]
+    for name, row in rows.items():
+        counts = name == TORCH or agreement[name] >= _LEAST_IOU.get(name, 1.0)
+        cells = []
+        for part in PARTS:
+            cell = row[part]
+            factor = f"{cell['speedup']:.2f}x" if counts else "wrong"
+            shown = f"{1e3 * cell['p50_s']:.1f} ({1e3 * cell['cpu_p50_s']:.1f}) ms {factor}"
+            cells.append(f"{shown:>30}")
+        lines.append(f"{name:<8}{''.join(cells)}{agreement[name]:>12.4f}")
+    return lines
+
+
+def _bundles(folder: Path) -> dict[str, Bundle]:
+    first = Bundle.load(folder)
+    names = first.manifest.precisions
+    return {name: first if name == first.precision else Bundle.load(folder, precision=name) for name in names}
+
+
+def _image(path: Path | None) -> npt.NDArray[np.uint8]:
+    if path is not None:
+        return images.load_image(path)
+    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return images.resize(coarse, (480, 640))
+
+
+def _median(seconds: Sequence[float]) -> float:
+    return round(float(np.median(seconds)), 6)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

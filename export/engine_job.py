@@ -1,0 +1,220 @@
+"""One TensorRT engine from one ONNX graph, in its own process: ``python -m export.engine_job < job.json``.
+
+A failed build can leave the library unusable in its process, and a build cannot be stopped from outside but
+with its process; so each engine gets one. The process reads a `Job`, writes the engine and its layers to the
+places the job names, and tells of its progress in lines of JSON on stdout: ``{"phase": …}`` while it works,
+``{"built": …}`` or ``{"error": …}`` at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from export.engine_layers import Built, read_kernels
+from export.typed_graph import at_precision, fix_dimensions
+from ppcr.errors import EngineError, PPCRError
+from runtime import tensorrt_library
+from runtime.tensorrt_library import OPTIONS, TensorRT
+
+Range = tuple[int, int, int]
+Report = Callable[[dict[str, Any]], None]
+_NATIVE = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "DEQUANTIZE")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build.
+
+    Attributes:
+        source: the ONNX file. engine: where the engine goes. target: "sm_89".
+        precision: of `typed_graph.ENGINE_PRECISIONS`; None: the graph is typed already.
+        carried: graph inputs and outputs that take the engine's own type.
+        fixed: dynamic dimensions by name that have one size.
+        profiles: for each optimization profile, least, usual and most of every other dynamic dimension.
+        options: names of `tensorrt_library.OPTIONS`. timings: the timing cache, read and written where used.
+    """
+
+    source: str
+    engine: str
+    target: str
+    precision: str | None
+    carried: tuple[str, ...] = ()
+    fixed: dict[str, int] = field(default_factory=dict)
+    profiles: tuple[dict[str, Range], ...] = ()
+    options: tuple[str, ...] = ()
+    timings: str | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Job:
+        profiles = tuple(
+            {k: (int(a), int(b), int(c)) for k, (a, b, c) in p.items()} for p in data["profiles"]
+        )
+        lists = {name: tuple(data[name]) for name in ("carried", "options")}
+        return cls(**{**data, **lists, "profiles": profiles})
+
+
+def build(job: Job, library: TensorRT, report: Report) -> Built:
+    """Build in this process; `job.engine` is written last.
+
+    Raises:
+        EngineError: TensorRT refuses the graph or fails; says what it said first.
+    """
+    trt = library.module
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = library.create_network(builder)
+    parser = trt.OnnxParser(network, log)
+    if not _parse(parser, job):
+        said = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
+        raise EngineError(f"{library.title} cannot read {job.source}: {said or log.first_error}")
+    config = builder.create_builder_config()
+    # The final layer list is told in full only then.
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    library.aim(config, job.target)
+    for option in job.options:
+        library.require_option(option)
+        config.set_flag(getattr(trt.BuilderFlag, OPTIONS[option]))
+    for profile in job.profiles:
+        config.add_optimization_profile(_profile(builder, network, profile))
+    monitor = _monitor(trt, report)
+    config.progress_monitor = monitor
+    timings = _attach_timings(library, config, job)
+    engine = builder.build_serialized_network(network, config)
+    if engine is None:
+        raise EngineError(
+            f"{library.title} cannot build {Path(job.source).name} for {job.target}: {log.first_error}"
+        )
+    Path(job.engine).write_bytes(memoryview(engine))
+    if timings is not None and job.timings:
+        # A new file: the old one may be linked to that of another bundle.
+        Path(job.timings).unlink(missing_ok=True)
+        Path(job.timings).write_bytes(memoryview(config.get_timing_cache().serialize()))
+    types = Counter(str(network.get_layer(i).type).rpartition(".")[2] for i in range(network.num_layers))
+    return Built(
+        flavour=library.flavour,
+        version=library.version,
+        bytes=engine.nbytes,
+        native={name: types[name] for name in _NATIVE if types[name]},
+        kernels=tuple(read_kernels(log.layers)),
+        activation_bytes=log.memory("Activation"),
+        weight_bytes=log.memory("Weights"),
+    )
+
+
+def _parse(parser: Any, job: Job) -> bool:
+    if job.precision is None and not job.fixed:
+        return bool(parser.parse_from_file(job.source))
+    model = onnx.load(job.source)
+    fix_dimensions(model, job.fixed)
+    if job.precision is not None:
+        at_precision(model, job.precision, job.carried)
+    return bool(parser.parse(model.SerializeToString(), job.source))
+
+
+def _profile(builder: Any, network: Any, ranges: dict[str, Range]) -> Any:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
+        if any(size < 0 for size in tensor.shape):
+            shapes = [
+                [
+                    ranges[name][k] if size < 0 else size
+                    for name, size in zip(names, tensor.shape, strict=True)
+                ]
+                for k in range(3)
+            ]
+            profile.set_shape(tensor.name, *shapes)
+    return profile
+
+
+def _attach_timings(library: TensorRT, config: Any, job: Job) -> Any:
+    if job.timings is None or not library.has_timing_cache:
+        return None
+    path = Path(job.timings)
+    timings = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(timings, False)
+    return timings
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        """Keeps the first error and the final layer list of everything that is said."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.first_error, self.layers, self._memory = "it does not say why", "", dict[str, int]()
+
+        def log(self, severity: Any, message: str) -> None:
+            if message.startswith("Layers:"):
+                self.layers = message
+            elif found := re.match(r"Total (\w+) Memory: (\d+) bytes", message):
+                self._memory[found[1]] = int(found[2])
+            elif severity <= trt.ILogger.ERROR and self.first_error == "it does not say why":
+                self.first_error = " ".join(message.split())
+
+        def memory(self, kind: str) -> int:
+            return self._memory.get(kind, 0)
+
+    return Log()
+
+
+def _monitor(trt: Any, report: Report) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Reports each step; a reader that went away cancels the build."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            try:
+                report({"phase": phase_name, "step": step + 1, "of": self.steps.get(phase_name, 0)})
+            except OSError:
+                return False
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def main() -> int:
+    """Read a job from stdin and build it; the exit code is 0 or that of the error."""
+    # Ctrl-C reaches the whole group; the parent decides, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The library prints to stdout now and then: keep it for the protocol alone.
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)
+
+    def report(message: dict[str, Any]) -> None:
+        told.write(json.dumps(message) + "\n")
+
+    data = json.load(sys.stdin)
+    try:
+        built = build(Job.from_dict(data), tensorrt_library.find(), report)
+    except PPCRError as error:
+        report({"error": str(error)})
+        return error.exit_code
+    report({"built": dataclasses.asdict(built)})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""From a bundle's graphs to TensorRT engines in ``engines/<target>/`` of the same bundle.
+
+The bundle is replaced as a whole: its files are linked into a new folder, the engines are built there, and
+the folder is renamed. So an error or Ctrl-C leaves the bundle as it was, and a reader never meets engines
+that its manifest does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from export.engine_job import Job, Range
+from export.engine_layers import Built
+from export.extend import held_files, link_files
+from export.typed_graph import require_precision
+from ppcr.errors import BundleError, EngineError
+from ppcr.files import atomic_directory, write_json
+from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, Manifest, Shapes
+from runtime import tensorrt_library
+from runtime.device import current_device
+from runtime.tensorrt_library import CURRENT, TensorRT
+
+MAX_PROMPTS = 64
+"""Prompts that one run of a mask decoder engine takes; a session runs more of them in turns."""
+_TIMINGS = "timings.cache"
+_USUAL_PROMPTS, _USUAL_TEXT, _USUAL_BLOCK = 4, 16, 64
+_FEATURES = ("image_features", "high_res_0", "high_res_1")
+_ROOT = Path(__file__).resolve().parents[1]
+
+Progress = Callable[[str], None]
+
+
+def choose(target: str, precision: str, options: Sequence[str] = ()) -> tuple[TensorRT, str]:
+    """The library, and ``target`` with "current" resolved; everything that can be refused at once is.
+
+    Raises:
+        UsageError: this library cannot build for the target, at the precision or with the options.
+        EngineError: no TensorRT here, or no GPU for "current".
+    """
+    require_precision(precision)
+    library = tensorrt_library.find()
+    present = None
+    if target == CURRENT or not library.is_rtx:
+        try:
+            present = current_device().target
+        except EngineError as error:
+            if target == CURRENT:
+                raise EngineError(
+                    f"{error}; --target current needs a GPU: name one, as in --target sm_89"
+                ) from None
+    aim = present if target == CURRENT and present else target
+    library.require_target(aim, present)
+    for option in options:
+        library.require_option(option)
+    return library, aim
+
+
+def add_engines(
+    bundle: Path,
+    target: str,
+    precision: str,
+    *,
+    options: Sequence[str] = (),
+    progress: Progress,
+) -> dict[str, Built]:
+    """Build all four engines for ``target`` ("sm_89") at ``precision`` and put them into ``bundle``.
+
+    ``progress`` is told of every step by a line of text, and once with the name of a role when it is done.
+
+    Raises:
+        BundleError: no bundle, changed files, or no fp32 graphs. EngineError: a build failed.
+    """
+    manifest = Manifest.load(bundle)
+    manifest.verify(bundle, _source_precision(manifest, precision))
+    with atomic_directory(bundle, marker=MANIFEST) as part:
+        link_files(bundle, part)
+        folder = part / "engines" / target
+        folder.mkdir(parents=True, exist_ok=True)
+        built, entries, written = {}, [], {f"engines/{target}/{_TIMINGS}"}
+        for role in ROLES:
+            name = f"engines/{target}/{role}.{precision}"
+            for made in (f"{name}.engine", f"{name}.layers.json"):
+                (part / made).unlink(missing_ok=True)  # not to write into the old bundle through the link
+                written.add(made)
+            job = make_job(manifest, part, role, target, precision, f"{name}.engine", options)
+            built[role] = run(job, partial(_tell, progress, f"{role} {target}: "))
+            write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
+            entries.append(_entry(manifest, part, job, built[role], role, precision, options))
+            progress(role)
+        replaced = {(entry.target, entry.precision, entry.role) for entry in entries}
+        kept = [e for e in manifest.engines if (e.target, e.precision, e.role) not in replaced]
+        files = held_files(part, manifest, written)
+        dataclasses.replace(manifest, files=files, engines=(*kept, *entries)).save(part)
+    return built
+
+
+def make_job(
+    manifest: Manifest,
+    root: Path,
+    role: str,
+    target: str,
+    precision: str,
+    engine: str,
+    options: Sequence[str] = (),
+) -> Job:
+    """How the engine of ``role`` is built; ``engine`` is its name below ``root``."""
+    held = _source_precision(manifest, precision)
+    typed = held != "fp32"
+    carried: tuple[str, ...] = ()
+    if role == "decoder":
+        layers = range(manifest.shapes.layers)
+        carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
+    elif role in ("image_encoder", "mask_decoder"):
+        carried = _FEATURES
+    return Job(
+        source=str((root / manifest.paths(held)[role]).absolute()),
+        engine=str((root / engine).absolute()),
+        target=target,
+        precision=None if typed else role_precision(role, precision),
+        carried=carried,
+        fixed={"L": manifest.shapes.max_length} if role == "decoder" and not typed else {},
+        profiles=profiles(role, manifest.shapes),
+        options=tuple(options),
+        timings=str((root / "engines" / target / _TIMINGS).absolute()),
+    )
+
+
+def role_precision(role: str, precision: str) -> str:
+    """int8 and int4 are the decoder's weights, which every token reads; the other graphs stay fp16."""
+    return precision if role == "decoder" or precision in ("fp16", "bf16") else "fp16"
+
+
+def profiles(role: str, shapes: Shapes) -> tuple[dict[str, Range], ...]:
+    """Optimization profiles: the decoder's first is the single token, its second is a block of any length."""
+    if role == "decoder":
+        most = shapes.max_length
+        return {"S": (1, 1, 1)}, {"S": (1, min(_USUAL_BLOCK, most), most)}
+    if role == "mask_decoder":
+        text = (1, min(_USUAL_TEXT, shapes.max_text), shapes.max_text)
+        return ({"N": (1, _USUAL_PROMPTS, MAX_PROMPTS), "T": text},)
+    return ()
+
+
+def run(job: Job, progress: Progress) -> Built:
+    """Run ``job`` in a process of its own, which ends with this one's interruption.
+
+    Raises:
+        EngineError: it failed, or the process died.
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)])}
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "export.engine_job"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
+        )  # fmt: skip
+        answer: dict[str, object] = {}
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(json.dumps(dataclasses.asdict(job)))
+            process.stdin.close()
+            for line in process.stdout:
+                answer = json.loads(line)
+                if "phase" in answer:
+                    progress(f"{answer['phase']} {answer['step']}/{answer['of']}")
+            process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if "built" in answer:
+            return Built.from_dict(answer["built"])  # type: ignore[arg-type]
+        said.seek(0)
+        last = said.read().strip().splitlines()[-1:]
+    told = answer.get("error") or f"the build ended with exit code {process.returncode}"
+    raise EngineError(str(told) if "error" in answer or not last else f"{told}: {last[0]}")
+
+
+def _tell(progress: Progress, head: str, step: str) -> None:
+    progress(head + step)
+
+
+def _source_precision(manifest: Manifest, precision: str) -> str:
+    """The bundle's own graphs at ``precision`` if it has them typed already, else those in fp32."""
+    if precision in manifest.precisions and precision != "int8":  # the bundle's int8 is a CPU's
+        return precision
+    if "fp32" not in manifest.precisions:
+        raise BundleError(f"this bundle holds no fp32 graphs to compile at {precision}: {REBUILD}")
+    return "fp32"
+
+
+def _entry(
+    manifest: Manifest, part: Path, job: Job, built: Built, role: str, precision: str, options: Sequence[str]
+) -> EngineEntry:
+    onnx = manifest.paths(_source_precision(manifest, precision))[role]
+    return EngineEntry(
+        role=role,
+        target=job.target,
+        precision=precision,
+        file=Path(job.engine).relative_to(part.absolute()).as_posix(),
+        onnx=onnx,
+        onnx_sha256=manifest.files[onnx].sha256,
+        flavour=built.flavour,
+        version=built.version,
+        options=tuple(options),
+        bytes_on_gpu=built.activation_bytes + built.weight_bytes,
+    )

@@ -1,0 +1,125 @@
+"""Compiles the kernels ahead of time, for GPUs that need not be there, and reads back what they take.
+
+Triton brings its own assembler and `cuobjdump`; neither a GPU nor a CUDA toolkit is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.fold import fold_tokens
+from kernels.image_to_prompt import write_folded, write_heads
+from kernels.plan import Variant
+from kernels.prompt_to_image import merge, read_folded, read_heads
+from kernels.token_blocks import attend_tokens, mlp_tokens
+
+KERNELS: dict[str, Any] = {
+    kernel.__name__: kernel
+    for kernel in (
+        fold_tokens,
+        read_folded,
+        read_heads,
+        merge,
+        write_folded,
+        write_heads,
+        attend_tokens,
+        mlp_tokens,
+    )  # fmt: skip
+}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+"""Compute capability -> most shared memory of a block in bytes (CUDA programming guide, table of limits)."""
+
+_FLOATS = {"p_part", "p_lse", "p_bias"}
+_SCALARS = {"scale": "fp32", "eps": "fp32"}
+_MULTIPLES = {"M", "position_stride"}  # of 16 for every grid of cells: loads of them are then vectors
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes.
+
+    Attributes:
+        target: such as ``sm_90a``, from the assembly itself.
+        registers: of a thread; stack, local: bytes of a thread in memory, that is spilled registers.
+        shared: bytes of a block.
+        tensor_core: matrix instructions in the code (wgmma on 90, mma elsewhere and for small tiles).
+    """
+
+    kernel: str
+    target: str
+    dtype: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_core: int
+
+    def to_json(self) -> dict[str, str | int]:
+        return asdict(self)
+
+
+def compile_variant(variant: Variant, dtype: str, capability: int) -> Resources:
+    """Compile for compute capability 80, 90 or 120 with tensors of ``dtype`` (fp16, bf16, fp32)."""
+    kernel = KERNELS[variant.kernel]
+    constants: dict[str, Any] = dict(variant.constants)
+    if not constants.get("HAS_MASK", True):
+        constants["p_mask"] = None
+    if not constants.get("HAS_AFTER", True):
+        constants["p_after"] = None
+    if not constants.get("HAS_VALUES", True):
+        constants |= dict.fromkeys(("p_b2", "p_wv", "p_bv", "p_wo", "p_bias", "p_value"))
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else _type(name, dtype) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items() if name in names},
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if name not in constants and (name.startswith("p_") or name in _MULTIPLES)
+        },
+    )
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, stack, local = _usage(built.asm["cubin"])
+    assembly = built.asm["ptx"]
+    target = re.search(r"^\.target\s+(\w+)", assembly, re.MULTILINE)
+    return Resources(
+        kernel=variant.kernel,
+        target=target.group(1) if target else "",
+        dtype=dtype,
+        registers=registers,
+        stack=stack,
+        local=local,
+        shared=built.metadata.shared,
+        tensor_core=len(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync", assembly)),
+    )
+
+
+def _type(name: str, dtype: str) -> str:
+    if not name.startswith("p_"):
+        return _SCALARS.get(name, "i32")
+    return "*u8" if name == "p_mask" else "*fp32" if name in _FLOATS else f"*{dtype}"
+
+
+def _usage(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, stack and local bytes, as the assembler recorded them in the binary."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory(prefix="ppcr-kernel-") as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        told = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told.stdout + told.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told no resources: {(told.stdout + told.stderr).strip()[:200]}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack, local

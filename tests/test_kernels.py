@@ -1,0 +1,299 @@
+"""Prompt-feature attention without a GPU: kernels interpreted and compiled, the op, the decoder on it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.kernel import SAM, SHIPPED, card, interpreted, worst
+from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
+from benchmarks.kernel_count import decoder_kernels
+from benchmarks.kernel_floor import floor_of
+from kernels.op import prompt_feature_attention, using
+from kernels.plan import (
+    Problem,
+    ceil,
+    fits,
+    launches,
+    plan_read,
+    plan_write,
+    read_variants,
+    tile,
+    token_variants,
+    write_variants,
+)
+from kernels.reference import DIRECTIONS, IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights, attend_and_norm
+from kernels.token_op import token_attention, token_mlp
+from ppcr.model.layers import Norm
+from ppcr.model.mask_decoder import PromptFeatureAttention
+from ppcr.model.segmenter import Segmenter, SegmenterConfig
+
+SMALL = SegmenterConfig(
+    image_size=64, dim=32, high_res=(16, 8), encoder_blocks=1, context_dim=32, context_blocks=1,
+    text_layers=1, heads=2,
+)  # fmt: skip
+
+
+# --- the reference
+
+
+def double_case(direction: str, *, masked: bool, shared: bool = True) -> tuple[Any, dict[str, Any]]:
+    case = Case(Problem(2, 3, shared, 5, 11, 32, 2, 16, 4), direction, "fp32", masked, False)
+    given = inputs(case, seed=torch.seed() % 2**31).to(dtype=torch.float64)
+    settings = {"direction": direction, "heads": 2, "eps": 1e-5, "mask": given.mask, "after": given.after}
+    return given, settings
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_reference_equals_multihead_attention_written_with_loops(direction: str, shared: bool) -> None:
+    given, settings = double_case(direction, masked=True, shared=shared)
+    x, x_position, y, y_position = given.sides
+    w, out = given.weights, attend_and_norm(*given.sides, given.weights, **settings)
+    for image in range(2):
+        for expression in range(3):
+            keep = given.mask[image, expression]
+
+            def own(t: Tensor, image: int = image, expression: int = expression) -> Tensor:
+                return t if t.dim() == 2 else t[image, expression if t.shape[1] > 1 else 0]
+
+            rows, places, keys, key_places = (own(t) for t in (x, x_position, y, y_position))
+            if direction == IMAGE_TO_PROMPT:
+                keys, key_places = keys[keep], key_places[keep]
+            else:
+                rows, places = rows[keep], places[keep]
+            read = torch.zeros(len(rows), 32, dtype=torch.float64)
+            for h in range(2 if len(keys) else 0):
+                part = slice(16 * h, 16 * h + 16)
+                q = (rows + places) @ w.q_weight[part].T + w.q_bias[part]
+                k = (keys + key_places) @ w.k_weight[part].T + w.k_bias[part]
+                v = keys @ w.v_weight[part].T + w.v_bias[part]
+                read[:, part] = torch.softmax(q @ k.T / 4.0, -1) @ v
+            wanted = rows + read @ w.out_weight.T + w.out_bias
+            wanted = nn.functional.layer_norm(wanted, (32,), w.norm_weight, w.norm_bias, 1e-5)
+            got = out[image, expression]
+            if direction == IMAGE_TO_PROMPT:
+                wanted = wanted + given.after[image, expression]
+            else:
+                assert not got[~keep].any()
+                got = got[keep]
+            torch.testing.assert_close(got, wanted)
+
+
+# --- the plan
+
+
+def test_plan_covers_every_cell_and_row_once() -> None:
+    for prompts, tokens, cells in ((1, 1, 1), (1, 13, 1024), (3, 133, 4099), (64, 7, 4096), (1, 64, 17)):
+        for itemsize in (2, 4):
+            problem = Problem(1, prompts, True, tokens, cells, 256, 8, 16, itemsize)
+            plan = plan_read(problem)
+            assert plan.chunk % plan.block_cells == 0
+            assert (plan.splits - 1) * plan.chunk < cells <= plan.splits * plan.chunk
+            assert plan.rows == prompts * tokens * (8 if plan.folded else 1)
+            write = plan_write(problem)
+            assert not write.folded or tokens <= write.block_tokens
+
+
+def test_plan_folds_where_few_queries_read_an_image() -> None:
+    assert plan_read(SAM).folded and plan_write(SAM).folded
+    assert not plan_read(replace(SAM, prompts=64)).folded  # one projection of the image serves all
+    assert plan_read(replace(SAM, prompts=64, shared=False)).folded
+    assert not plan_read(replace(SAM, tokens=133)).folded and not plan_write(replace(SAM, tokens=133)).folded
+    assert [tile(n, most=64) for n in (1, 16, 17, 64, 900)] == [16, 16, 32, 64, 64] and ceil(7, 3) == 3
+    assert fits(256, 8, 16) and fits(128, 2, 64)
+    assert not fits(256, 8, 24) and not fits(96, 4, 16) and not fits(512, 8, 64)
+
+
+def test_floor_counts_shared_features_once() -> None:
+    one, many = SAM, replace(SAM, prompts=64)
+    image = 4096 * 256 * 2
+    for direction in DIRECTIONS:
+        assert floor_of(one, direction).bytes > 2 * image  # features and position
+    more = floor_of(many, PROMPT_TO_IMAGE).bytes - floor_of(one, PROMPT_TO_IMAGE).bytes
+    assert more < 63 * image / 10
+    written = floor_of(many, IMAGE_TO_PROMPT).bytes - floor_of(one, IMAGE_TO_PROMPT).bytes
+    assert 63 * image < written < 64 * image
+    assert len(card()) == 10
+
+
+# --- the kernels
+
+
+@pytest.fixture(scope="module")
+def interpreter_rows() -> list[dict[str, Any]]:
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    return interpreted(seed=torch.seed() % 2**31)
+
+
+def test_kernels_equal_float64_in_the_interpreter(interpreter_rows: list[dict[str, Any]]) -> None:
+    names = [row["case"] for row in interpreter_rows]
+    assert names[: len(cases())] == [case.name for case in cases()]
+    assert names[len(cases()) :] == [f"{step}-{dtype}" for dtype in BOUNDS for step in TOKEN_STEPS]
+    for row in interpreter_rows:
+        assert row["error"] <= BOUNDS[row["dtype"]], row
+        assert row["matters"] > 0.2, row
+    assert all(0 < value < float("inf") for value in worst(interpreter_rows).values())
+
+
+def test_worst_sees_what_is_not_a_number() -> None:
+    rows = [{"dtype": name, "error": value} for name in BOUNDS for value in (1e-7, float("nan"))]
+    assert worst(rows) == dict.fromkeys(BOUNDS, float("inf"))
+    with poisoned():
+        assert torch.empty(3).isnan().all() and torch.empty_like(torch.ones(2)).isnan().all()
+    assert torch.ones(2).isfinite().all()
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_kernels_compile_without_spills_for(capability: int) -> None:
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    from kernels.compiled import SHARED_LIMIT, compile_variant
+
+    long = replace(SHIPPED, tokens=133)
+    variants = {}
+    for problem in (SHIPPED, long):
+        read = read_variants(problem, plan_read(problem))
+        variants |= {
+            (v.kernel, v.constants.get("HAS_VALUES")): v
+            for v in (*read.values(), *write_variants(problem, plan_write(problem), after=True).values())
+        }
+    sizes = SHIPPED.tokens, SHIPPED.dim, SHIPPED.heads, SegmenterConfig().mlp, SHIPPED.itemsize
+    variants |= {(v.kernel, None): v for v in token_variants(*sizes).values()}
+    assert {name for name, _ in variants} == {
+        "attend_tokens", "mlp_tokens", "fold_tokens", "read_folded", "read_heads", "merge", "write_folded",
+        "write_heads",
+    }  # fmt: skip
+    for variant in variants.values():
+        found = compile_variant(variant, "fp16", capability)
+        assert found.target.startswith(f"sm_{capability}"), found
+        assert found.stack == found.local == 0, found
+        assert 0 < found.shared <= SHARED_LIMIT[capability], found
+        assert 0 < found.registers <= 255 and found.tensor_core > 0, found
+
+
+# --- the op
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "ragged"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_op_equals_reference_and_has_its_gradients(direction: str, masked: bool) -> None:
+    given, settings = double_case(direction, masked=masked)
+    leaves = [t.clone().requires_grad_() for t in (*given.sides, *given.weights)]
+    if given.after is not None:
+        settings["after"] = given.after.clone().requires_grad_()
+        leaves.append(settings["after"])
+    sides, weights = leaves[:4], Weights(*leaves[4:14])
+    found = {}
+    for mode in ("off", "op"):
+        with using(mode):
+            out = prompt_feature_attention(*sides, weights, **settings)
+        direction_of_change = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        gradients = torch.autograd.grad(out, leaves, direction_of_change)
+        found[mode] = (out.detach(), *gradients)
+        assert all(t.isfinite().all() for t in found[mode])
+    for got, wanted in zip(found["op"], found["off"], strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_op_keeps_the_rules_of_custom_ops(direction: str) -> None:
+    given, settings = double_case(direction, masked=True)
+    arguments = (*given.sides, *given.weights, given.mask, given.after, direction, 2, 1e-5)
+    utilities = "test_schema", "test_autograd_registration", "test_faketensor"
+    torch.library.opcheck(torch.ops.ppcr.prompt_feature_attention.default, arguments, test_utils=utilities)
+    assert settings["heads"] == 2
+
+
+def test_wrong_names_are_refused() -> None:
+    given, settings = double_case(PROMPT_TO_IMAGE, masked=False)
+    with pytest.raises(ValueError, match="no direction 'sideways'"):
+        prompt_feature_attention(*given.sides, given.weights, direction="sideways", heads=2)
+    with pytest.raises(ValueError, match="no kernel mode 'on'"), using("on"):
+        pass
+
+
+class Block(nn.Module):
+    """One attention of the mask decoder."""
+
+    def __init__(self, direction: str) -> None:
+        super().__init__()
+        self.attention, self.norm = PromptFeatureAttention(32, 2, 16, direction), Norm(32)
+
+    def forward(self, x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x_position, y, y_position, self.norm)
+        return out
+
+
+@pytest.mark.parametrize("mode", ["op", "auto"])
+def test_export_sees_the_op_where_it_is_used(mode: str) -> None:
+    x, y = torch.randn(1, 3, 5, 32), torch.randn(1, 1, 11, 32)
+    given = x, torch.randn_like(x), y, torch.randn(11, 32)
+    count = torch.export.Dim("count", min=2, max=64)
+    shapes = {"x": {1: count}, "x_position": {1: count}, "y": None, "y_position": None}
+    module = Block(PROMPT_TO_IMAGE).eval()
+    with using(mode), torch.no_grad():
+        program = torch.export.export(module, given, dynamic_shapes=shapes)
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("ppcr.prompt_feature_attention.default") == (mode == "op")
+    more = torch.randn(1, 7, 5, 32)
+    torch.testing.assert_close(
+        program.module()(more, more, y, given[3]), module(more, more, y, given[3]), rtol=1e-5, atol=1e-5
+    )
+
+
+# --- the decoder
+
+
+@torch.no_grad()
+def test_segmenter_is_the_same_with_the_op_and_without() -> None:
+    torch.manual_seed(torch.seed() % 2**31)
+    model = Segmenter(SMALL).eval()
+    features = model.encode(torch.randn(1, 3, 64, 64))
+    low = 0.5 * torch.rand(4, 2)
+    boxes = torch.cat([low, low + 0.3], 1)
+    text = torch.randn(4, 6, SMALL.text_dim)
+    given = boxes, low + 0.15, torch.ones(4), text, torch.ones(4, 6, dtype=torch.bool)
+    with using("off"):
+        wanted = model.decode(features, *given)
+    with using("op"):
+        got = model.decode(features, *given)
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_keep_the_names_of_checkpoints() -> None:
+    names = {name for name in Segmenter(SMALL).state_dict() if name.startswith("mask_decoder.layers.1.")}
+    for part in ("prompt_to_image", "image_to_prompt"):
+        for layer in ("q", "k", "v", "out"):
+            assert {f"mask_decoder.layers.1.{part}.{layer}.{kind}" for kind in ("weight", "bias")} <= names
+    assert "mask_decoder.layers.1.norms.3.weight" in names and not any("scale" in name for name in names)
+
+
+def test_decoder_pass_starts_few_kernels() -> None:
+    before, after = decoder_kernels("off"), decoder_kernels("op")
+    assert before.ops == before.ours == 0 and after.ops == 9
+    reads, writes = launches(SHIPPED, plan_read(SHIPPED)), launches(SHIPPED, plan_write(SHIPPED))
+    # In each layer tokens attend, read the image and pass the MLP, and the image reads them; one last read.
+    assert after.ours == 2 * (1 + reads + 1 + writes) + reads
+    assert after.total <= 40 < before.total
+
+
+def test_token_ops_equal_the_reference_and_have_its_gradients() -> None:
+    given, _ = double_case(PROMPT_TO_IMAGE, masked=False)
+    mlp = [torch.randn(*shape, dtype=torch.float64) for shape in ((64, 32), (64,), (32, 64), (32,))]
+    leaves = [t.clone().requires_grad_() for t in (*given.sides[:2], *given.weights, *mlp)]
+    # Attention among tokens has as many inner columns as the model is wide: here both are 32.
+    x, position, weights, (w1, b1, w2, b2) = leaves[0], leaves[1], Weights(*leaves[2:12]), leaves[12:]
+    found = {}
+    for mode in ("off", "op"):
+        with using(mode):
+            attended = token_attention(x, position, weights, heads=2, eps=1e-5)
+            mixed = token_mlp(attended, w1, b1, w2, b2, (weights.norm_weight, weights.norm_bias), eps=1e-5)
+        change = torch.linspace(-1, 1, mixed.numel(), dtype=mixed.dtype).view_as(mixed)
+        found[mode] = (attended.detach(), mixed.detach(), *torch.autograd.grad(mixed, leaves, change))
+    for got, wanted in zip(found["op"], found["off"], strict=True):
+        torch.testing.assert_close(got, wanted)
