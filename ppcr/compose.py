@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppcr import pretrained
 from ppcr.checkpoint import Checkpoint
 from ppcr.config import MLLMConfig, PPCRConfig, SegmenterConfig
 from ppcr.errors import CheckpointError, CommandParser, run_cli
@@ -115,17 +116,17 @@ def fed_with(segmenter: SamSegmenter) -> SegmenterConfig:
 def spoken_to(mllm: Path) -> tuple[MLLMConfig, str]:
     """How the MLLM in a directory is spoken to, and its box convention.
 
+    That of a PPCR checkpoint as it was trained; a public one by zero-shot instructions (`ppcr.zero_shot`).
+
     Raises:
-        CheckpointError: its prompts are not known.
+        CheckpointError: of an architecture whose prompts are not known.
     """
-    family = _config(mllm).get("model_type")
+    _config(mllm)
     beside = mllm.resolve().parent
     if (beside / "config.json").is_file() and (beside / "mllm").resolve() == mllm.resolve():
         whole = PPCRConfig.load(beside)
         return whole.mllm, whole.box_convention
-    raise CheckpointError(
-        f"{mllm} holds a {family!r} not trained with PPCR's prompts: give the mllm/ of a PPCR checkpoint"
-    )
+    return pretrained.spoken_to(mllm)
 
 
 def hidden_size(mllm: Path) -> int:

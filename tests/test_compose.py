@@ -16,8 +16,10 @@ from ppcr.errors import CheckpointError, OutputError
 from ppcr.framing import Framing
 from ppcr.model.segmenters import load_segmenter
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
+from ppcr.zero_shot import CONVENTIONS
 from tests import sam_factory as factory
-from tests.factory import picture
+from tests.factory import picture, tokenizer
+from tests.families import Small, save
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,18 @@ def test_the_reference_draws_what_the_public_model_draws(composed: Path, sam: Pa
     np.testing.assert_allclose(logits, wanted.numpy(), atol=2e-5 * float(wanted.abs().max()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", CONVENTIONS)
+def test_a_public_mllm_is_spoken_to_in_its_own_convention(family: str, sam: Path, tmp_path: Path) -> None:
+    save(Small(family).build(), tmp_path / "public")
+    tokenizer().tokenizer.save(str(tmp_path / "public" / "tokenizer.json"))
+    words = ["--mllm", str(tmp_path / "public"), "--segmenter", str(sam), "--output", str(tmp_path / "out")]
+    assert compose.main(words) == 0
+    made = Checkpoint.open(tmp_path / "out")
+    assert made.config.box_convention == CONVENTIONS[family]
+    assert made.config.mllm.family == family and made.config.mllm.resample == "bicubic"
+    assert load_segmenter(made.segmenter).config.text_dim == Small(family).hidden
+
+
 def told(capsys: pytest.CaptureFixture[str]) -> str:
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -86,7 +100,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     [
         ("absent", "sam", "absent does not exist"),
         ("empty", "sam", "holds no config.json"),
-        ("foreign", "sam", "not trained with PPCR's prompts"),
+        ("foreign", "sam", "holds a model of type 'llama'"),
         ("tiny", "absent.pt", "absent.pt does not exist"),
         ("tiny", "empty", "holds no config.json"),
         ("tiny", "foreign", "holds a 'llama', which is no segmenter known here"),
