@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import kernel
 from benchmarks.kernel import SAM, SHIPPED, card, interpreted, worst
 from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
-from benchmarks.kernel_count import decoder_kernels
+from benchmarks.kernel_count import Count, decoder_kernels
 from benchmarks.kernel_floor import floor_of
 from kernels.op import prompt_feature_attention, using
 from kernels.plan import (
@@ -297,3 +299,26 @@ def test_token_ops_equal_the_reference_and_have_its_gradients() -> None:
         found[mode] = (attended.detach(), mixed.detach(), *torch.autograd.grad(mixed, leaves, change))
     for got, wanted in zip(found["op"], found["off"], strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_benchmark_ends_with_one_json_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its slow parts, which other tests run, replaced; off by more than a bound, it fails and says so."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    errors = [{"case": name, "dtype": name, "error": 1e-7, "torch_error": 1e-7} for name in BOUNDS]
+    found = {"kernel": "merge", "dim": 128, "capability": 90, "target": "sm_90a", "dtype": "fp16"}
+    found |= {"registers": 90, "stack": 0, "local": 0, "shared": 4096, "tensor_core": 8}
+    monkeypatch.setattr(kernel, "interpreted", lambda seed: errors)
+    monkeypatch.setattr(kernel, "resources", lambda targets: [found])
+    monkeypatch.setattr(kernel, "decoder_kernels", lambda mode: Count(30 if mode == "off" else 3, 4, 0, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernel.main(["--seed", "5"]) == 0
+    told = capsys.readouterr().out
+    summary = json.loads(told.splitlines()[-1])
+    assert summary["decoder_kernels_before"] == 34 and summary["decoder_kernels_after"] == 7
+    assert summary["max_relative_error"] == dict.fromkeys(BOUNDS, 1e-7) and not summary["timed"]
+    assert summary["compiled"]["sm_90"]["spilled"] == 0 and "not yet timed" in told
+    errors[1]["error"] = 0.5
+    assert kernel.main(["--seed", "5"]) == 1
+    assert "off by more than its bound" in capsys.readouterr().err
