@@ -304,7 +304,7 @@ def test_token_ops_equal_the_reference_and_have_its_gradients() -> None:
 def test_benchmark_ends_with_one_json_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With its slow parts, which other tests run, replaced; off by more than a bound, it fails and says so."""
+    """With its slow parts, which other tests run, replaced; beyond a bound it fails and says so."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     errors = [{"case": name, "dtype": name, "error": 1e-7, "torch_error": 1e-7} for name in BOUNDS]
     found = {"kernel": "merge", "dim": 128, "capability": 90, "target": "sm_90a", "dtype": "fp16"}
