@@ -18,6 +18,7 @@ from benchmarks.kernel_floor import floor_of
 from kernels.op import prompt_feature_attention, using
 from kernels.plan import (
     Problem,
+    Variant,
     ceil,
     fits,
     launches,
@@ -55,7 +56,7 @@ def double_case(direction: str, *, masked: bool, shared: bool = True) -> tuple[A
 def test_reference_equals_multihead_attention_written_with_loops(direction: str, shared: bool) -> None:
     given, settings = double_case(direction, masked=True, shared=shared)
     x, x_position, y, y_position = given.sides
-    w, out = given.weights, attend_and_norm(*given.sides, given.weights, **settings)
+    w, out = given.weights, attend_and_norm(x, x_position, y, y_position, given.weights, **settings)
     for image in range(2):
         for expression in range(3):
             keep = given.mask[image, expression]
@@ -156,7 +157,7 @@ def test_kernels_compile_without_spills_for(capability: int) -> None:
     from kernels.compiled import SHARED_LIMIT, compile_variant
 
     long = replace(SHIPPED, tokens=133)
-    variants = {}
+    variants: dict[tuple[str, object], Variant] = {}
     for problem in (SHIPPED, long):
         read = read_variants(problem, plan_read(problem))
         variants |= {
@@ -188,11 +189,11 @@ def test_op_equals_reference_and_has_its_gradients(direction: str, masked: bool)
     if given.after is not None:
         settings["after"] = given.after.clone().requires_grad_()
         leaves.append(settings["after"])
-    sides, weights = leaves[:4], Weights(*leaves[4:14])
+    (x, x_position, y, y_position), weights = leaves[:4], Weights(*leaves[4:14])
     found = {}
     for mode in ("off", "op"):
         with using(mode):
-            out = prompt_feature_attention(*sides, weights, **settings)
+            out = prompt_feature_attention(x, x_position, y, y_position, weights, **settings)
         direction_of_change = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         gradients = torch.autograd.grad(out, leaves, direction_of_change)
         found[mode] = (out.detach(), *gradients)
@@ -211,9 +212,10 @@ def test_op_keeps_the_rules_of_custom_ops(direction: str) -> None:
 
 
 def test_wrong_names_are_refused() -> None:
-    given, settings = double_case(PROMPT_TO_IMAGE, masked=False)
+    given, _ = double_case(PROMPT_TO_IMAGE, masked=False)
+    x = given.sides[0]
     with pytest.raises(ValueError, match="no direction 'sideways'"):
-        prompt_feature_attention(*given.sides, given.weights, direction="sideways", heads=2)
+        prompt_feature_attention(x, x, x, x, given.weights, direction="sideways", heads=2)
     with pytest.raises(ValueError, match="no kernel mode 'on'"), using("on"):
         pass
 

@@ -70,13 +70,14 @@ class TwoWayLayer(nn.Module):
         cell_position: Tensor,
         dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        after_self, after_image, after_mlp, after_prompt = self.norms
+        norms = [norm for norm in self.norms if isinstance(norm, nn.LayerNorm)]
+        after_self, after_image, after_mlp, after_prompt = norms
         tokens = token_attention(
             tokens, token_position, _weights(self.self_attention, after_self),
             heads=self.self_attention.heads, eps=after_self.eps,
         )  # fmt: skip
         tokens = self.prompt_to_image(tokens, token_position, image, cell_position, after_image)
-        first, _, second = self.mlp
+        first, second = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         tokens = token_mlp(
             tokens, first.weight, first.bias, second.weight, second.bias, (after_mlp.weight, after_mlp.bias),
             eps=after_mlp.eps,
