@@ -107,7 +107,8 @@ def inputs(case: Case, seed: int, device: str = "cpu") -> Inputs:
     projections: list[Tensor] = []
     for rows, columns in ((p.inner, p.dim), (p.inner, p.dim), (p.inner, p.dim), (p.dim, p.inner)):
         projections += [random(rows, columns, scale=columns**-0.5), random(rows, scale=0.3)]
-    weights = Weights(*projections, 1.0 + random(p.dim, scale=0.2), random(p.dim, scale=0.3))
+    projections += [1.0 + random(p.dim, scale=0.2), random(p.dim, scale=0.3)]  # the norm
+    weights = Weights(*projections)
     tokens = [random(p.images, p.prompts, p.tokens, p.dim) for _ in range(2)]
     image = [random(p.images, 1 if p.shared else p.prompts, p.cells, p.dim), random(p.cells, p.dim)]
     mask = None
@@ -131,7 +132,7 @@ def check(case: Case, seed: int, device: str = "cpu") -> dict[str, Any]:
 
     given = inputs(case, seed, device)
     exact = given.to(dtype=torch.float64)
-    settings = {"direction": case.direction, "heads": case.problem.heads, "eps": 1e-5}
+    settings: dict[str, Any] = {"direction": case.direction, "heads": case.problem.heads, "eps": 1e-5}
 
     def reference(of: Inputs) -> Tensor:
         return attend_and_norm(*of.sides, of.weights, **settings, mask=of.mask, after=of.after)  # type: ignore[arg-type]
@@ -167,7 +168,8 @@ def check_tokens(dtype: str, seed: int, device: str = "cpu") -> list[dict[str, A
     rows = []
     with poisoned():
         attended = attend_on_kernel(*given.sides[:2], given.weights, 4, eps)
-        mixed = mlp_on_kernel(given.sides[0], *mlp, *given.weights[8:], eps)
+        norm = given.weights.norm_weight, given.weights.norm_bias
+        mixed = mlp_on_kernel(given.sides[0], *mlp, *norm, eps=eps)
 
     def steps(of: Inputs, layers: Sequence[Tensor], silent: float = 1.0) -> tuple[Tensor, Tensor]:
         w = of.weights._replace(out_weight=silent * of.weights.out_weight)

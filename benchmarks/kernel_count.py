@@ -54,10 +54,10 @@ def decoder_kernels(mode: str, segmenter: Segmenter | None = None, expressions: 
         _compile(decoder, given, nodes)
     calls = [_target(node) for node in nodes]
     ops = [node for node, target in zip(nodes, calls, strict=True) if OP in target]
-    kinds = [type(node).__name__ for node in nodes]
+    library = sum(type(node).__name__.startswith("Extern") for node in nodes)
     return Count(
-        fused=sum(kind in ("SchedulerNode", "FusedSchedulerNode") for kind in kinds),
-        library=sum(kind.startswith("Extern") for kind in kinds) - len(ops),
+        fused=len(nodes) - library,
+        library=library - len(ops),
         ops=len(ops),
         ours=sum(_launches(node, read, write) for node in ops),
     )

@@ -167,7 +167,7 @@ def memory(counts: tuple[int, ...], seed: int) -> dict[str, int]:
     found = {}
     for count in counts:
         given = inputs(Case(problem(count), PROMPT_TO_IMAGE, "bf16", False, True), seed, "cuda")
-        call = {"direction": PROMPT_TO_IMAGE, "heads": problem(count).heads}
+        call: dict[str, Any] = {"direction": PROMPT_TO_IMAGE, "heads": problem(count).heads}
         with torch.no_grad():
             out = ours(*given.sides, given.weights, **call)  # compiled before memory is counted
             del out

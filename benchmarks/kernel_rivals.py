@@ -7,6 +7,7 @@ never repeated; projections, residual and norm are plain torch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def rivals() -> dict[str, Step]:
 
         made[name] = block(attend)
 
-    def written_out(*sides: Tensor | Weights, direction: str, heads: int) -> Tensor:
+    def written_out(*sides: Any, direction: str, heads: int) -> Tensor:
         x, x_position, y, y_position, weights = sides
         return attend_and_norm(
             x, x_position, y, y_position, weights, direction=direction, heads=heads, eps=1e-5

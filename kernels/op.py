@@ -78,8 +78,8 @@ def prompt_feature_attention(
     if takes((x, x_position, y, y_position, *weights)) and (_mode == "op" or fits(*widths)):
         out: Tensor = _op(x, x_position, y, y_position, *weights, mask, after, direction, heads, eps)
         return out
-    given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
-    return attend_and_norm(x, x_position, y, y_position, weights, **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
+    return attend_and_norm(x, x_position, y, y_position, weights, **given)
 
 
 def takes(tensors: tuple[Tensor, ...]) -> bool:
@@ -106,7 +106,7 @@ def _op(
     weights = Weights(
         q_weight, q_bias, k_weight, k_bias, v_weight, v_bias, out_weight, out_bias, norm_weight, norm_bias
     )
-    given = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
+    given: dict[str, Any] = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
     if runs_on(x) and fits(x.shape[-1], heads, q_weight.shape[0] // heads):
         from kernels.launch import run
 
@@ -154,7 +154,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
             mask=mask,
         )
 
-    _, pull_back = torch.func.vjp(forward, *tensors)
+    pull_back = torch.func.vjp(forward, *tensors)[1]
     after = None if ctx.after_shape is None else gradient.sum_to_size(ctx.after_shape)
     return (*pull_back(gradient), None, after, None, None, None)
 

@@ -139,12 +139,15 @@ def _attend_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     def forward(x: Tensor, position: Tensor, *weights: Tensor) -> Tensor:
         return _attend_reference(x, position, Weights(*weights), *ctx.settings)
 
-    _, pull_back = torch.func.vjp(forward, *ctx.saved_tensors)
+    pull_back = torch.func.vjp(forward, *ctx.saved_tensors)[1]
     return (*pull_back(gradient), None, None)
 
 
 def _mlp_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    _, pull_back = torch.func.vjp(lambda *given: _mlp_reference(*given, *ctx.settings), *ctx.saved_tensors)
+    def forward(*given: Tensor) -> Tensor:
+        return _mlp_reference(*given, *ctx.settings)
+
+    pull_back = torch.func.vjp(forward, *ctx.saved_tensors)[1]
     return (*pull_back(gradient), None)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import kernel
 from benchmarks.kernel import SAM, SHIPPED, card, interpreted, worst
 from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
-from benchmarks.kernel_count import decoder_kernels
+from benchmarks.kernel_count import Count, decoder_kernels
 from benchmarks.kernel_floor import floor_of
 from kernels.op import prompt_feature_attention, using
 from kernels.plan import (
     Problem,
+    Variant,
     ceil,
     fits,
     launches,
@@ -53,7 +56,7 @@ def double_case(direction: str, *, masked: bool, shared: bool = True) -> tuple[A
 def test_reference_equals_multihead_attention_written_with_loops(direction: str, shared: bool) -> None:
     given, settings = double_case(direction, masked=True, shared=shared)
     x, x_position, y, y_position = given.sides
-    w, out = given.weights, attend_and_norm(*given.sides, given.weights, **settings)
+    w, out = given.weights, attend_and_norm(x, x_position, y, y_position, given.weights, **settings)
     for image in range(2):
         for expression in range(3):
             keep = given.mask[image, expression]
@@ -154,7 +157,7 @@ def test_kernels_compile_without_spills_for(capability: int) -> None:
     from kernels.compiled import SHARED_LIMIT, compile_variant
 
     long = replace(SHIPPED, tokens=133)
-    variants = {}
+    variants: dict[tuple[str, object], Variant] = {}
     for problem in (SHIPPED, long):
         read = read_variants(problem, plan_read(problem))
         variants |= {
@@ -186,11 +189,11 @@ def test_op_equals_reference_and_has_its_gradients(direction: str, masked: bool)
     if given.after is not None:
         settings["after"] = given.after.clone().requires_grad_()
         leaves.append(settings["after"])
-    sides, weights = leaves[:4], Weights(*leaves[4:14])
+    (x, x_position, y, y_position), weights = leaves[:4], Weights(*leaves[4:14])
     found = {}
     for mode in ("off", "op"):
         with using(mode):
-            out = prompt_feature_attention(*sides, weights, **settings)
+            out = prompt_feature_attention(x, x_position, y, y_position, weights, **settings)
         direction_of_change = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         gradients = torch.autograd.grad(out, leaves, direction_of_change)
         found[mode] = (out.detach(), *gradients)
@@ -209,9 +212,10 @@ def test_op_keeps_the_rules_of_custom_ops(direction: str) -> None:
 
 
 def test_wrong_names_are_refused() -> None:
-    given, settings = double_case(PROMPT_TO_IMAGE, masked=False)
+    given, _ = double_case(PROMPT_TO_IMAGE, masked=False)
+    x = given.sides[0]
     with pytest.raises(ValueError, match="no direction 'sideways'"):
-        prompt_feature_attention(*given.sides, given.weights, direction="sideways", heads=2)
+        prompt_feature_attention(x, x, x, x, given.weights, direction="sideways", heads=2)
     with pytest.raises(ValueError, match="no kernel mode 'on'"), using("on"):
         pass
 
@@ -297,3 +301,26 @@ def test_token_ops_equal_the_reference_and_have_its_gradients() -> None:
         found[mode] = (attended.detach(), mixed.detach(), *torch.autograd.grad(mixed, leaves, change))
     for got, wanted in zip(found["op"], found["off"], strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_benchmark_ends_with_one_json_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its slow parts, which other tests run, replaced; beyond a bound it fails and says so."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    errors = [{"case": name, "dtype": name, "error": 1e-7, "torch_error": 1e-7} for name in BOUNDS]
+    found = {"kernel": "merge", "dim": 128, "capability": 90, "target": "sm_90a", "dtype": "fp16"}
+    found |= {"registers": 90, "stack": 0, "local": 0, "shared": 4096, "tensor_core": 8}
+    monkeypatch.setattr(kernel, "interpreted", lambda seed: errors)
+    monkeypatch.setattr(kernel, "resources", lambda targets: [found])
+    monkeypatch.setattr(kernel, "decoder_kernels", lambda mode: Count(30 if mode == "off" else 3, 4, 0, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernel.main(["--seed", "5"]) == 0
+    told = capsys.readouterr().out
+    summary = json.loads(told.splitlines()[-1])
+    assert summary["decoder_kernels_before"] == 34 and summary["decoder_kernels_after"] == 7
+    assert summary["max_relative_error"] == dict.fromkeys(BOUNDS, 1e-7) and not summary["timed"]
+    assert summary["compiled"]["sm_90"]["spilled"] == 0 and "not yet timed" in told
+    errors[1]["error"] = 0.5
+    assert kernel.main(["--seed", "5"]) == 1
+    assert "off by more than its bound" in capsys.readouterr().err

@@ -85,10 +85,11 @@ class TwoWayLayer(nn.Module):
         cell_position: Tensor,
         dense: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        _, after_image, after_mlp, after_prompt = self.norms
+        norms = [norm for norm in self.norms if isinstance(norm, nn.LayerNorm)]
+        _, after_image, after_mlp, after_prompt = norms
         tokens = self.among_tokens(tokens, token_position)
         tokens = self.prompt_to_image(tokens, token_position, image, cell_position, after_image)
-        first, _, second = self.mlp
+        first, second = [layer for layer in self.mlp if isinstance(layer, nn.Linear)]
         tokens = token_mlp(
             tokens, first.weight, first.bias, second.weight, second.bias, (after_mlp.weight, after_mlp.bias),
             eps=after_mlp.eps,
@@ -99,6 +100,7 @@ class TwoWayLayer(nn.Module):
     def among_tokens(self, tokens: Tensor, position: Tensor) -> Tensor:
         """The layer's first step: f[B, K, M, C] twice -> f[B, K, M, C]."""
         norm = self.norms[0]
+        assert isinstance(norm, nn.LayerNorm)
         return token_attention(
             tokens, position, _weights(self.self_attention, norm),
             heads=self.self_attention.heads, eps=norm.eps,
