@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kernels.op import using
 from kernels.plan import Problem, launches, plan_read, plan_write
 from kernels.reference import PROMPT_TO_IMAGE
-from ppcr.model.image_encoder import ImageFeatures
+from ppcr.model.mask_decoder import CellFeatures
 from ppcr.model.prompt_encoder import EncodedPrompts
 from ppcr.model.segmenter import Segmenter, SegmenterConfig
 
@@ -68,9 +68,9 @@ def arguments(segmenter: Segmenter, expressions: int) -> tuple[Tensor, ...]:
     c = segmenter.config
     g, tokens = c.grid, segmenter.prompt_encoder.kinds.shape[0] + c.text_tokens
     features = (
-        torch.randn(1, c.dim, g, g),
-        torch.randn(1, c.high_res[0], 2 * g, 2 * g),
-        torch.randn(1, c.high_res[1], 4 * g, 4 * g),
+        torch.randn(1, 1, g * g, c.dim),
+        torch.randn(1, 1, g * g, 4, c.high_res[0]),
+        torch.randn(1, 1, g * g, 4, 4, c.high_res[1]),
     )
     prompts = torch.randn(1, expressions, tokens, c.dim), torch.randn(1, expressions, g * g, c.dim)
     return (*features, *prompts, segmenter.prompt_encoder.cell_positions)
@@ -95,7 +95,7 @@ class Pass(nn.Module):
     def forward(
         self, f: Tensor, high_0: Tensor, high_1: Tensor, tokens: Tensor, dense: Tensor, cells: Tensor
     ) -> tuple[Tensor, Tensor]:
-        masks, scores = self.decoder(ImageFeatures(f, high_0, high_1), EncodedPrompts(tokens, dense), cells)
+        masks, scores = self.decoder(CellFeatures(f, high_0, high_1), EncodedPrompts(tokens, dense), cells)
         return masks, scores
 
 

@@ -210,7 +210,7 @@ def profiled_launches(mode: str) -> int:
 def masks_agree(seed: int, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
     """Least mask IoU of the segmenter with kernels on and off, and the ratio of their times (off / on)."""
     from ppcr.checkpoint import SHIPPED
-    from ppcr.model.image_encoder import ImageFeatures
+    from ppcr.model.mask_decoder import CellFeatures
     from ppcr.model.segmenter import Segmenter
 
     segmenter = Segmenter.load(SHIPPED / "segmenter").cuda().to(dtype)
@@ -225,7 +225,7 @@ def masks_agree(seed: int, dtype: torch.dtype = torch.float16) -> tuple[float, f
     )
     given = (*floats, keep)
     with torch.no_grad():
-        features = ImageFeatures(*segmenter.encode(pixels))
+        features = CellFeatures(*segmenter.encode(pixels))
         masks, spent = {}, {}
         for mode in ("off", "auto"):
             with using(mode):
