@@ -18,7 +18,7 @@ from ppcr.training.packing import IGNORE
 from ppcr.training.supervision import QUESTIONS
 
 LOOK_SHARE = 0.3
-SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.3, "many": 0.3, "stand": 0.5}
+SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.3, "many": 0.3, "stand": 1.0}
 """Weight of each loss term once the model talks; looking alone weighs 1, then LOOK_SHARE."""
 
 
