@@ -168,8 +168,8 @@ def check_tokens(dtype: str, seed: int, device: str = "cpu") -> list[dict[str, A
     rows = []
     with poisoned():
         attended = attend_on_kernel(*given.sides[:2], given.weights, 4, eps)
-        norm = given.weights.norm_weight, given.weights.norm_bias
-        mixed = mlp_on_kernel(given.sides[0], *mlp, *norm, eps=eps)
+        w1, b1, w2, b2, gamma, beta = *mlp, given.weights.norm_weight, given.weights.norm_bias
+        mixed = mlp_on_kernel(given.sides[0], w1, b1, w2, b2, gamma, beta, eps)
 
     def steps(of: Inputs, layers: Sequence[Tensor], silent: float = 1.0) -> tuple[Tensor, Tensor]:
         w = of.weights._replace(out_weight=silent * of.weights.out_weight)

@@ -145,7 +145,8 @@ def _attend_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
 def _mlp_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     def forward(*given: Tensor) -> Tensor:
-        return _mlp_reference(*given, *ctx.settings)
+        x, w1, b1, w2, b2, gamma, beta = given
+        return _mlp_reference(x, w1, b1, w2, b2, gamma, beta, *ctx.settings)
 
     pull_back = torch.func.vjp(forward, *ctx.saved_tensors)[1]
     return (*pull_back(gradient), None)
