@@ -115,7 +115,9 @@ def make_job(
     held = _source_precision(manifest, precision)
     typed = held != "fp32"
     carried: tuple[str, ...] = ()
+    fixed = {"B": 1} if role == "image_encoder" else {}  # the session encodes one image at a time
     if role == "decoder":
+        fixed = {} if typed else {"L": manifest.shapes.max_length}
         layers = range(manifest.shapes.layers)
         carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
     elif role in ("image_encoder", "mask_decoder"):
@@ -126,7 +128,7 @@ def make_job(
         target=target,
         precision=None if typed else role_precision(role, precision),
         carried=carried,
-        fixed={"L": manifest.shapes.max_length} if role == "decoder" and not typed else {},
+        fixed=fixed,
         profiles=profiles(role, manifest.shapes),
         options=tuple(options),
         timings=str((root / "engines" / target / _TIMINGS).absolute()),

@@ -234,7 +234,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
         (["--target", "sm_89", "--precision", "fp16,int4"], "one precision a time"),
         (["--target", "sm_75"], "--help"),
         (["--weight-streaming"], "goes with --target"),
-        (["--precision", "fp16"], "not one of fp32, int8"),
+        (["--precision", "fp16"], "exported as fp32, int8, not as"),
     ],
 )
 def test_refused_at_once(
