@@ -166,9 +166,8 @@ def settle(options: argparse.Namespace, checkpoint: Checkpoint) -> None:
         options.precision = PRETRAINED_DEFAULT if pretrained else PRECISIONS
     for name in options.precision:
         if name not in allowed:
-            raise UsageError(
-                f"this checkpoint is exported as {', '.join(allowed)}, not as {name} (--help shows the options)"
-            )
+            told = f"this checkpoint is exported as {', '.join(allowed)}, not as {name}"
+            raise UsageError(f"{told} (--help shows the options)")
     if options.parity_scenes is None:
         options.parity_scenes = PRETRAINED_SCENES if pretrained else PARITY_SCENES
     if options.no_parity:

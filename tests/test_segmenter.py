@@ -172,8 +172,9 @@ def test_mask_pixels_are_where_their_image_pixels_are() -> None:
     given = prompts(1)
     base, _ = model.decode(features, *given)
     for y, x in ((0, 0), (5, 18), (31, 2), (14, 31)):
+        cell, quarter, pixel = y // 4 * 8 + x // 4, y % 4 // 2 * 2 + x % 4 // 2, y % 2 * 2 + x % 2
         lit = features.high_res_1.clone()
-        lit[:, :, y, x] += 5.0
+        lit[:, :, cell, quarter, pixel] += 5.0
         changed = (model.decode(features._replace(high_res_1=lit), *given)[0] - base).abs()[0] > 1e-6
         assert changed.nonzero().tolist() == [[y, x]]
 

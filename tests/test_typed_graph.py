@@ -15,7 +15,7 @@ from export.typed_graph import INT4_BLOCK, at_precision, fix_dimensions, fold, r
 from ppcr.errors import UsageError
 from ppcr.manifest import ROLES, Manifest
 
-SIZES = {"S": 7, "N": 3, "T": 5}
+SIZES = {"B": 1, "S": 7, "N": 3, "T": 5}
 
 
 def graph(bundle: Path, role: str) -> onnx.ModelProto:
@@ -76,7 +76,8 @@ def test_half_precision_agrees_with_fp32(bundle: Path, role: str) -> None:
     names = [value.name for value in reference.get_outputs()]
     assert [value.name for value in half.get_outputs()] == names
     for name, a, b in zip(names, wanted, got, strict=True):
-        error = np.sqrt(np.mean((a - b.astype(np.float32)) ** 2)) / a.std()
+        # Scores of similar prompts, all in 0..1, hardly spread at all.
+        error = np.sqrt(np.mean((a - b.astype(np.float32)) ** 2)) / max(a.std(), 0.1)
         assert error < 5e-3, f"{name}: {error:.2e} of its spread"
 
 
