@@ -33,7 +33,7 @@ from benchmarks.kernel_count import decoder_kernels
 from benchmarks.kernel_floor import H200, floor_of, two_way
 from kernels.plan import Problem, plan_read, plan_write, read_variants, token_variants, write_variants
 from kernels.reference import DIRECTIONS
-from ppcr.errors import CommandParser, EngineError, PPCRError, UsageError, run_cli
+from ppcr.errors import CommandParser, EngineError, ParityError, UsageError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = (80, 90, 120)
@@ -102,7 +102,7 @@ def _kernel(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-class KernelError(PPCRError):
+class KernelError(ParityError):
     """A kernel disagrees with its reference."""
 
 
