@@ -64,12 +64,19 @@ class Rendered:
     present: Tensor
 
 
-def render(graphs: Sequence[SceneGraph], size: int = 256, device: torch.device | str = "cpu") -> Rendered:
+def render(
+    graphs: Sequence[SceneGraph],
+    size: int = 256,
+    device: torch.device | str = "cpu",
+    *,
+    albedo: Sequence[NDArray[np.float32]] | None = None,
+) -> Rendered:
     """Draw the graphs at size x size pixels (32..1024) on the device; gradients are never recorded.
 
     The same graph gives the same result at a given size, whatever else is in the batch; devices differ by the
-    rounding of their arithmetic only. Raises ValueError for an empty batch, a size out of range, or a graph
-    of more than 15 objects.
+    rounding of their arithmetic only. ``albedo`` paints the objects of each graph, f32[N, 3] RGB in 0..1,
+    instead of the colours they are named by. Raises ValueError for an empty batch, a size out of range, or a
+    graph of more than 15 objects.
     """
     if not graphs:
         raise ValueError("nothing to render: no graphs")
@@ -80,7 +87,7 @@ def render(graphs: Sequence[SceneGraph], size: int = 256, device: torch.device |
         raise ValueError(f"at most {(1 << SLOT_BITS) - 1} objects a scene, got {slots}")
     device = torch.device(device)
     with torch.no_grad():
-        objects = _Objects.collect(graphs, device)
+        objects = _Objects.collect(graphs, albedo, device)
         scenes = Scenes.collect(graphs, device)
         color, coverage, labels = _draw_objects(objects, len(graphs), size)
         shadow = _draw_shadows(objects, len(graphs), size)
@@ -102,7 +109,9 @@ class _Objects:
     device: torch.device
 
     @staticmethod
-    def collect(graphs: Sequence[SceneGraph], device: torch.device) -> _Objects:
+    def collect(
+        graphs: Sequence[SceneGraph], albedo: Sequence[NDArray[np.float32]] | None, device: torch.device
+    ) -> _Objects:
         counts = [len(graph) for graph in graphs]
         scene = np.repeat(np.arange(len(graphs)), counts)
         slot = np.concatenate([np.arange(count) for count in counts])
@@ -119,7 +128,7 @@ class _Objects:
                 radius,
                 np.cos(yaw),
                 np.sin(yaw),
-                np.array(ALBEDO, np.float32)[color],
+                np.array(ALBEDO, np.float32)[color] if albedo is None else np.concatenate(albedo),
                 material,
                 light[:, :4],
             )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZES
+from ppcr.data.repaint import SEEN_PAIRS
 from ppcr.prompts import LOCATION_BINS, LOCATIONS_PER_INSTANCE, MAX_TARGETS
 from ppcr.training.supervision import QUESTIONS
 
@@ -59,7 +60,7 @@ class ObjectHead(nn.Module):
         Args:
             features: [B, grid*grid, width].
             boxes: [B, N, 4] xyxy 0..1 and points [B, N, 2] of the visible masks.
-            classes: int64 [B, N, 4] shape, colour, material, size.
+            classes: int64 [B, N, 4] shape, colour, material, size; a negative one is not known.
             present: bool [B, N].
         """
         batch, count = present.shape
@@ -73,7 +74,13 @@ class ObjectHead(nn.Module):
         loss_object = (
             F.binary_cross_entropy_with_logits(out[..., 0], objectness, reduction="sum") / keep.sum()
         )
-        terms = [F.cross_entropy(chosen[1 + i], classes[keep][:, i]) for i in range(len(CLASS_SIZES))]
+        kept = classes[keep]
+        chosen = (chosen[0], self._adjusted(chosen[1], kept[:, 1]), *chosen[2:])
+        known = (kept >= 0).sum(0).clamp(min=1)
+        terms = [
+            F.cross_entropy(chosen[1 + i], kept[:, i], ignore_index=-1, reduction="sum") / known[i]
+            for i in range(len(CLASS_SIZES))
+        ]
         centre = (torch.stack([cells % self.grid, cells // self.grid], -1) + 0.5) / self.grid
         sides = (
             torch.cat([points - centre, boxes[..., :2] - centre, boxes[..., 2:] - centre], -1)[keep]
@@ -82,7 +89,7 @@ class ObjectHead(nn.Module):
         loss_box = F.smooth_l1_loss(chosen[-1], sides, beta=0.1)
         with torch.no_grad():
             right = torch.stack(
-                [chosen[1 + i].argmax(-1) == classes[keep][:, i] for i in range(len(CLASS_SIZES))]
+                [(chosen[1 + i].argmax(-1) == kept[:, i]) | (kept[:, i] < 0) for i in range(len(CLASS_SIZES))]
             )
             found = ((out[..., 0] > 0) & (objectness > 0)).sum() / keep.sum()
         return {
@@ -91,6 +98,17 @@ class ObjectHead(nn.Module):
             "found": found,
             "side": loss_box.detach(),
         }
+
+    @staticmethod
+    def _adjusted(shapes: Tensor, colors: Tensor) -> Tensor:
+        """Logits [M, shapes] adjusted by how often training shows a shape in its object's colour.
+
+        Only whether it does at all is told apart: a shape that never comes in this colour (-inf) is not
+        denied, so that an unseen pair is not learnt to be impossible. Colours [M]; a negative one tells
+        nothing.
+        """
+        seen = torch.from_numpy(SEEN_PAIRS).to(colors.device)[colors.clamp(min=0)]
+        return shapes.masked_fill(~seen & (colors >= 0)[:, None], float("-inf"))
 
 
 class PointingHead(nn.Module):

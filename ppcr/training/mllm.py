@@ -61,8 +61,8 @@ class Recipe:
     level_2_at: float = 0.30
     # Then as many of each kind as are asked for, so that "none" is said as often as it is true.
     level_3_at: float = 0.85
-    # The tower sees what it will by then, and a fifth of the time of a step is its backward pass.
-    freeze_vision_at: float = 0.6
+    # The tower sees what it will by then, and a third of the time of a step goes into teaching it.
+    freeze_vision_at: float = 0.8
     # After how many layers of the language model should be known: landmarks and candidates, what stands so to
     # the landmarks, the targets.
     taps: tuple[int, int, int] = (2, 4, 5)
@@ -116,8 +116,15 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
         budget, step = Budget(recipe.minutes, state["spent_s"]), int(state["step"])
     level = multiprocessing.Value("i", level_at(budget.progress, recipe))
     render_here = (size.image_size, size.patch, size.merge, "cpu") if device.type == "cpu" else None
+    looking = multiprocessing.Value("b", budget.progress < recipe.freeze_vision_at)
     data = Conversations(
-        packer, batch=recipe.batch, seed=recipe.seed, start=step, level=level, render_here=render_here
+        packer,
+        batch=recipe.batch,
+        seed=recipe.seed,
+        start=step,
+        level=level,
+        looking=looking,
+        render_here=render_here,
     )
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
     log = LossLog(output / "loss.jsonl")
@@ -127,12 +134,16 @@ def train(recipe: Recipe, output: Path, *, device: torch.device, workers: int) -
             if stop.stopped or budget.progress >= 1.0:
                 break
             level.value = level_at(budget.progress, recipe)
-            batch, scenes = to_device(raw, size, device)
+            looking.value = budget.progress < recipe.freeze_vision_at
+            batch, scenes, repainted = to_device(raw, size, device)
             sigma = 10.0 - 6.0 * budget.progress
             talking = budget.progress >= recipe.look_until and bool((batch["labels"] != IGNORE).any())
-            frozen = talking and budget.progress >= recipe.freeze_vision_at
+            frozen = talking and not looking.value
             with autocast(device):
-                terms = trainer(batch, scenes, sigma, frozen=frozen) if talking else trainer.look(scenes)[1]
+                if talking:
+                    terms = trainer(batch, scenes, repainted, sigma, frozen=frozen)
+                else:
+                    terms = trainer.look(scenes + repainted if repainted else scenes)[1]
                 loss = terms["look"] * (LOOK_SHARE if talking else 1.0)
                 if talking:
                     loss = loss + sum(share * terms[name] for name, share in SHARES.items())

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ppcr.data.expressions import Expression, sample_expressions
 from ppcr.data.graph import SceneGraph, sample_scene
 from ppcr.data.render import render
+from ppcr.data.repaint import repaint
 from ppcr.training.packing import Packer, stack
 
 OBJECTS = 14
@@ -31,6 +33,7 @@ HARD_MIX = {
     "none_relation": 0.12,
 }
 """What is drawn at level 2: more of what is hard than ``expressions.MIX`` has, which level 3 goes back to."""
+NO_NAME = -1
 IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
 
@@ -38,8 +41,9 @@ IMAGE_MEAN, IMAGE_STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 class Scenes:
     """Rendered side of a batch, on the training device.
 
-    patches [B, n, 384] float32; boxes [B, 14, 4], points [B, 14, 2] in 0..1; classes int64 [B, 14, 4];
-    present bool [B, 14]. Objects are in the order of the graph.
+    patches [B, n, 384] float32; boxes [B, 14, 4], points [B, 14, 2] in 0..1; classes int64 [B, 14, 4], a
+    colour of NO_NAME where an object is repainted; present bool [B, 14]. Objects are in the order of the
+    graph.
     """
 
     patches: Tensor
@@ -47,6 +51,11 @@ class Scenes:
     points: Tensor
     classes: Tensor
     present: Tensor
+
+    def __add__(self, other: Scenes) -> Scenes:
+        """Both, one after the other."""
+        names = Scenes.__dataclass_fields__
+        return Scenes(*(torch.cat([getattr(self, name), getattr(other, name)]) for name in names))
 
 
 def patchify(images: Tensor, patch: int, merge: int) -> Tensor:
@@ -58,9 +67,16 @@ def patchify(images: Tensor, patch: int, merge: int) -> Tensor:
     return x.expand(-1, -1, -1, 2, -1, -1).reshape(batch, x.shape[1], -1)
 
 
-def draw(graphs: list[SceneGraph], size: int, patch: int, merge: int, device: torch.device | str) -> Scenes:
-    """Render scenes and pad their labels to OBJECTS."""
-    rendered = render(graphs, size, device)
+def draw(
+    graphs: list[SceneGraph],
+    size: int,
+    patch: int,
+    merge: int,
+    device: torch.device | str,
+    albedo: list[NDArray[np.float32]] | None = None,
+) -> Scenes:
+    """Render scenes, repainted where ``albedo`` says how, and pad their labels to OBJECTS."""
+    rendered = render(graphs, size, device, albedo=albedo)
     mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (IMAGE_MEAN, IMAGE_STD))
     patches = patchify((rendered.image - mean) / std, patch, merge)
     batch, count = rendered.present.shape
@@ -75,6 +91,8 @@ def draw(graphs: list[SceneGraph], size: int, patch: int, merge: int, device: to
         classes[i, : len(graph)] = torch.from_numpy(
             np.stack([graph.shape, graph.color, graph.material, graph.size], 1)
         )
+    if albedo is not None:
+        classes[..., 1] = NO_NAME
     return Scenes(
         patches, pad(rendered.boxes), pad(rendered.points), classes.to(device), pad(rendered.present)
     )
@@ -84,15 +102,24 @@ class Conversations(IterableDataset[dict[str, Any]]):
     """Endless batches of packed conversations, from step ``start`` on; a step's batch depends on the seed.
 
     ``level`` is the grammar's difficulty, -1 for no expressions; 3 is 2 in the shares of ``expressions.MIX``.
-    ``render_here`` renders in the loading process (CPU
-    training); otherwise the graphs travel and the training process renders on its device.
+    ``looking`` is true while the tower learns: half as many repainted scenes then come along, only to look
+    at. ``render_here`` renders in the loading process (CPU training); otherwise the graphs travel and the
+    training process renders on its device.
     """
 
     def __init__(
-        self, packer: Packer, *, batch: int, seed: int, start: int, level: Any, render_here: Any
+        self,
+        packer: Packer,
+        *,
+        batch: int,
+        seed: int,
+        start: int,
+        level: Any,
+        looking: Any,
+        render_here: Any,
     ) -> None:
         self.packer, self.batch, self.seed, self.start = packer, batch, seed, start
-        self.level, self.render_here = level, render_here
+        self.level, self.looking, self.render_here = level, looking, render_here
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         torch.set_num_threads(1)
@@ -111,6 +138,11 @@ class Conversations(IterableDataset[dict[str, Any]]):
         arrays = stack(packs)
         out: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items()}
         out["scenes"] = draw(graphs, *self.render_here) if self.render_here else graphs
+        if self.looking.value:
+            graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch // 2)]
+            paint = [repaint(graph, rng) for graph in graphs]
+            here = self.render_here
+            out["repainted"] = draw(graphs, *here, albedo=paint) if here else (graphs, paint)
         return out
 
     def _expressions(self, graph: SceneGraph, rng: np.random.Generator) -> list[Expression]:

@@ -51,10 +51,20 @@ class Trainer(nn.Module):
         return features, terms
 
     def forward(
-        self, batch: dict[str, Tensor], scenes: Scenes, sigma: float, *, frozen: bool = False
+        self,
+        batch: dict[str, Tensor],
+        scenes: Scenes,
+        repainted: Scenes | None,
+        sigma: float,
+        *,
+        frozen: bool = False,
     ) -> dict[str, Tensor]:
-        """Terms of looking and talking; ``sigma`` is the softness of location targets in bins."""
-        features, terms = self.look(scenes, frozen=frozen)
+        """Terms of looking and talking; repainted scenes are only looked at.
+
+        ``sigma`` is the softness of location targets in bins; ``frozen`` leaves the tower as it is.
+        """
+        features, terms = self.look(scenes + repainted if repainted else scenes, frozen=frozen)
+        features = features[: len(scenes.boxes)]
         coordinates = torch.cat([scenes.points, scenes.boxes], -1).flatten(1)  # [B, N*6]
 
         def values(reference: Tensor) -> Tensor:
@@ -120,8 +130,13 @@ def optimizers(
 
 def to_device(
     batch: dict[str, Any], size: TinyMLLM, device: torch.device
-) -> tuple[dict[str, Tensor], Scenes]:
-    scenes = batch.pop("scenes")
+) -> tuple[dict[str, Tensor], Scenes, Scenes | None]:
+    """A loaded batch on the device: its tensors, its scenes, and the repainted scenes if any came along."""
+    scenes, repainted = batch.pop("scenes"), batch.pop("repainted", None)
+    view = (size.image_size, size.patch, size.merge, device)
     if not isinstance(scenes, Scenes):
-        scenes = draw(scenes, size.image_size, size.patch, size.merge, device)
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}, scenes
+        scenes = draw(scenes, *view)
+    if repainted is not None and not isinstance(repainted, Scenes):
+        graphs, paint = repainted
+        repainted = draw(graphs, *view, albedo=paint)
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}, scenes, repainted

@@ -72,6 +72,10 @@ class _Tokens:
         return len(self.question) + len(self.answer)
 
     @property
+    def several(self) -> bool:
+        return len(self.references) > LOCATIONS_PER_INSTANCE
+
+    @property
     def both_stages(self) -> int:
         # The last location is predicted but never read, so it takes no place.
         return self.first_stage + len(self.between) + max(0, len(self.references) - 1)
@@ -94,7 +98,7 @@ class Packer:
         *,
         grid: int,
         objects: int,
-        slots: tuple[tuple[int, int], tuple[int, int]] = ((14, 40), (4, 72)),
+        slots: tuple[tuple[int, int], tuple[int, int]] = ((12, 40), (6, 68)),
         count_weight: float = 8.0,
     ) -> None:
         self.tokenizer, self.objects, self.count_weight = tokenizer, objects, count_weight
@@ -115,7 +119,11 @@ class Packer:
         return len(self.layout.places)
 
     def pack(self, graph: SceneGraph, expressions: Sequence[Expression]) -> Packed:
-        """Pack the expressions that find a slot: long ones first choose among the long slots."""
+        """Pack the expressions that find a slot.
+
+        Those too long for a short slot choose among the long ones first, then those with several targets:
+        they are few, and how to go on to the next box is learnt from nothing else.
+        """
         relations = Relations(graph)
         length, p, places = self.layout.length, len(self.prefix), self.layout.places
         packed = Packed(
@@ -133,8 +141,8 @@ class Packer:
         (short_count, short), (_, long) = self.layout.slots
         free_short, free_long = list(range(short_count)), list(range(short_count, len(places)))
         tokens = [self._tokens(expression) for expression in expressions]
-        order = sorted(range(len(tokens)), key=lambda i: tokens[i].first_stage <= short)
-        for i in order:
+        fits_short, several = ([t.first_stage <= short for t in tokens], [t.several for t in tokens])
+        for i in sorted(range(len(tokens)), key=lambda i: (fits_short[i], not several[i])):
             one = tokens[i]
             both = bool(one.references) and one.both_stages <= long and bool(free_long)
             if both or one.first_stage > short:
