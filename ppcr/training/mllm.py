@@ -62,7 +62,7 @@ class Recipe:
     # Then as many of each kind as are asked for, so that "none" is said as often as it is true.
     level_3_at: float = 0.85
     # The tower sees what it will by then, and a third of the time of a step goes into teaching it.
-    freeze_vision_at: float = 0.8
+    freeze_vision_at: float = 0.9
     # After how many layers of the language model should be known: landmarks and candidates, what stands so to
     # the landmarks, the targets.
     taps: tuple[int, int, int] = (2, 4, 5)
