@@ -27,7 +27,9 @@ from runtime.pipeline import Pipeline
 from runtime.session import Prompts, Sessions
 from runtime.tensorrt_library import TensorRT
 from tests import record_signatures
-from tests.fake_gpu import FakeCuda, FakeTensorRT, engine_file, table
+from tests.fake_cuda import FakeCuda
+from tests.fake_tensorrt import FakeTensorRT, engine_file
+from tests.recorded import table
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPRESSION = "the small cube"
