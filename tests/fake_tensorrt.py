@@ -105,6 +105,8 @@ class _Runtime:
 
 @checked("ICudaEngine")
 class _Engine:
+    streamable_weights_size = 0
+
     def __init__(self, trt: FakeTensorRT, data: bytes) -> None:
         self._trt = trt
         head, _, model = data.partition(b"\n")

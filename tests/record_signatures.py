@@ -41,7 +41,7 @@ TENSORRT = {
     "Runtime": ("deserialize_cuda_engine", "get_engine_validity"),
     "ICudaEngine": (
         "create_execution_context", "create_runtime_config", "get_tensor_dtype", "get_tensor_name",
-        "get_tensor_profile_shape", "get_tensor_shape",
+        "get_tensor_profile_shape", "get_tensor_shape", "get_weight_streaming_automatic_budget",
     ),
     "IExecutionContext": (
         "execute_async_v3", "set_input_shape", "set_optimization_profile_async", "set_tensor_address",
