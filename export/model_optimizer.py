@@ -21,7 +21,7 @@ FORMATS = {"fp8": "FP8_DEFAULT_CFG", "int4_awq": "INT4_AWQ_CFG"}
 """Name on the command line -> ModelOpt's recipe. TensorRT-LLM's torch backend runs both."""
 CALIBRATION_SCENES = 32
 _BLOCKS = (128, 64)  # inputs that share a scale in int4: what TensorRT-LLM's kernels take
-_INSTALL = "install it with: pip install 'nvidia-modelopt[hf]==0.47.0'"
+_INSTALL = "install it with: pip install nvidia-modelopt==0.47.0 requests"
 _WEIGHTS = "model*.safetensors*"
 
 Progress = Callable[[str], None]
