@@ -106,6 +106,7 @@ def quantize_directory(
             writer.export_hf_checkpoint(reference.mllm, dtype=kind, export_dir=model)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError, NotImplementedError) as error:
         raise EngineError(f"ModelOpt cannot quantise this model to {name}: {error}") from None
+    _keep_types(model, checkpoint)
     _keep_config(model, config)
 
 
@@ -119,6 +120,22 @@ def recipe(quantizer: Any, name: str, checkpoint: Checkpoint) -> dict[str, Any]:
             if blocks and -1 in blocks:
                 blocks[-1] = size
     return found
+
+
+def _keep_types(model: Path, checkpoint: Checkpoint) -> None:
+    """Give what was not quantised the type that it has in the checkpoint; the reference is float32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    kinds = {"F16": torch.float16, "BF16": torch.bfloat16}
+    held = checkpoint.mllm_tensors
+    for path in model.glob("model*.safetensors"):
+        tensors = load_file(path)
+        for name, value in tensors.items():
+            kind = kinds.get(held.kind(name)) if name in held else None
+            if kind is not None and value.dtype == torch.float32:
+                tensors[name] = value.to(kind)
+        save_file(tensors, path, {"format": "pt"})
 
 
 def _keep_config(model: Path, config: bytes) -> None:

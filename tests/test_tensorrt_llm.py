@@ -223,7 +223,9 @@ def test_answers_are_held_to_the_constraint(loaded: Bundle) -> None:
 def chunks(answer: str, model: str) -> list[dict[str, Any]]:
     """What a server streams: the role, a letter at a time, and the use of the cache at the end."""
     deltas = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in answer)]
-    found = [{"model": model, "choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+    found: list[dict[str, Any]] = [
+        {"model": model, "choices": [{"index": 0, "delta": delta}]} for delta in deltas
+    ]
     usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}
     found.append({"model": model, "choices": [], "usage": usage})
     for chunk in found:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from export import model_optimizer, tensorrt_llm_checkpoint
 from export.model_optimizer import FORMATS, block_size, recipe, require_format
@@ -36,6 +36,8 @@ from tests.recorded import table
 
 TABLE = table("tensorrt_llm")
 OPTIMIZER = table("model_optimizer")
+KEPT, FOLDED = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+SCALE = "model.layers.0.mlp.up_proj.weight_scale"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +106,8 @@ class FakeModelOpt:
         assert keywords["dtype"] == torch.float16
         folder = keywords["export_dir"]
         assert not list(folder.glob("*.safetensors")), "the whole weights were not taken away"
-        (folder / "model.safetensors").write_bytes(b"quantised")
+        written = {KEPT: torch.ones(4), SCALE: torch.ones(4), FOLDED: torch.ones(4, dtype=torch.uint8)}
+        save_file(written, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_algo": "FP8"}}))
         (folder / "hf_quant_config.json").write_text("{}")
         self.calls.append("export")
@@ -118,7 +121,8 @@ def test_quantised_package(
     write_package(opened, tmp_path / "p", quantize=name, scenes=1, progress=told.append)
     model = tmp_path / "p" / "model"
     assert fake.calls == ["quantize", "export"] and told == [name]
-    assert (model / "model.safetensors").read_bytes() == b"quantised"
+    types_of = {name: value.dtype for name, value in load_file(model / "model.safetensors").items()}
+    assert types_of == {KEPT: torch.float16, SCALE: torch.float32, FOLDED: torch.uint8}
     config = json.loads((model / "config.json").read_text())
     assert config == {**opened.mllm_config, "quantization_config": {"quant_algo": "FP8"}}
     assert (model / "tokenizer.json").read_bytes() == opened.tokenizer.read_bytes()
@@ -181,6 +185,7 @@ def test_real_modelopt_writes_fp8_weights(opened: Checkpoint, tmp_path: Path) ->
             step = torch.maximum(weight.abs() / 16, scale * 2**-10)
             assert ((back - weight).abs() <= step * 1.01).all(), name
         else:
+            assert found[name].dtype == torch.float16
             assert torch.equal(found[name].float(), weight), name
     folded = [name for name in found if name.endswith("weight_scale")]
     assert len(folded) == 7 * opened.mllm_config["text_config"]["num_hidden_layers"]
