@@ -6,6 +6,7 @@ ModelOpt itself runs where it is installed; TensorRT-LLM is not executed.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -30,6 +31,7 @@ from export.tensorrt_llm_package import (
 )
 from ppcr.checkpoint import Checkpoint
 from ppcr.errors import CheckpointError, EngineError, UsageError
+from ppcr.manifest import Manifest
 from ppcr.model.checkpoint import load_mllm
 from tests import record_signatures
 from tests.recorded import table
@@ -261,6 +263,22 @@ def text_model(ids: torch.Tensor, config: dict[str, Any], held: dict[str, torch.
         )
         x = x + gated @ held[f"{at}mlp.proj.weight"].T
     return norm(x, "transformer.ln_f.weight") @ held["lm_head.weight"].T
+
+
+def test_command_adds_the_package_to_a_bundle(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "tiny"))
+    assert main(["--output", str(copy), "--engine-checkpoint"]) == 0
+    assert "written, not executed" in capsys.readouterr().out
+    manifest = Manifest.load(copy)
+    manifest.verify(copy)
+    folder = "tensorrt_llm/engine_checkpoint"
+    assert {f"{folder}/config.json", f"{folder}/rank0.safetensors"} <= set(manifest.files)
+    assert "trtllm-build --checkpoint_dir engine_checkpoint" in (copy / "tensorrt_llm/README.md").read_text()
+    # Without the option, the next package has none.
+    assert main(["--output", str(copy)]) == 0
+    assert not [name for name in Manifest.load(copy).files if name.startswith(folder)]
 
 
 def test_family_without_engines_is_refused(opened: Checkpoint) -> None:
