@@ -90,7 +90,7 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
         config.add_optimization_profile(_profile(builder, network, profile))
     monitor = _monitor(trt, report)
     config.progress_monitor = monitor
-    timings = _attach_timings(library, config, job)
+    timings = attach_timings(library, config, job)
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise EngineError(
@@ -140,7 +140,8 @@ def _profile(builder: Any, network: Any, ranges: dict[str, Range]) -> Any:
     return profile
 
 
-def _attach_timings(library: TensorRT, config: Any, job: Job) -> Any:
+def attach_timings(library: TensorRT, config: Any, job: Job) -> Any:
+    """Have a build begin with what earlier ones timed; the cache, or None where kernels are not timed."""
     if job.timings is None or not library.has_timing_cache:
         return None
     path = Path(job.timings)

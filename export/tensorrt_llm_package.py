@@ -2,8 +2,10 @@
 
 Writes ``tensorrt_llm/`` into the bundle: ``model/``, the checkpoint's own Hugging Face directory with the
 image processor that cuts images as this project does; ``llm_args.yaml``, the arguments of the LLM API; and
-README.md with the command that serves it. TensorRT-LLM has no engine files any more: it loads that directory.
-Exit codes: `ppcr.errors`.
+README.md with the command that serves it. From 1.3 TensorRT-LLM has no engine files: it loads that directory.
+
+``--quantize fp8`` has ModelOpt quantise the text model. ``--engine-checkpoint`` adds ``engine_checkpoint/``
+for the engines of 1.2 and older. Exit codes: `ppcr.errors`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 from export.build_engines import DEFAULT_OUTPUT
 from export.extend import held_files, link_files
+from export.model_optimizer import (
+    CALIBRATION_SCENES,
+    FORMATS,
+    load_model_optimizer,
+    quantize_directory,
+    require_format,
+)
+from export.tensorrt_llm_checkpoint import BUILD, require_engine_path, write_engine_checkpoint
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.config import MLLMConfig
 from ppcr.errors import BundleError, CheckpointError, CommandParser, run_cli
@@ -30,7 +40,9 @@ from ppcr.manifest import MANIFEST, REBUILD, Manifest, files_below
 from ppcr.prompts import IMAGE_PAD, VISION_END, VISION_START
 
 FOLDER = "tensorrt_llm"
+ENGINE_FOLDER = "engine_checkpoint"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
+Progress = Callable[[str], None]
 SERVE = "trtllm-serve {model} --backend pytorch --extra_llm_api_options {arguments}"
 
 
@@ -48,23 +60,58 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="the bundle (default: %(default)s)"
     )
+    made.add_argument(
+        "--quantize",
+        metavar="FORMAT",
+        help=f"have ModelOpt quantise the text model: {' or '.join(FORMATS)} (default: weights as they are)",
+    )
+    made.add_argument(
+        "--engine-checkpoint",
+        action="store_true",
+        help="add the text model in the form that engines of TensorRT-LLM 1.2 and older are built from",
+    )
     return made
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    from tqdm import tqdm
+
     options = parser().parse_args(argv)
     checkpoint = Checkpoint.open(options.checkpoint)
-    add_package(checkpoint, options.output)
+    # What can be refused is refused before anything is written.
+    if options.quantize is not None:
+        require_format(options.quantize, checkpoint)
+        load_model_optimizer()
+    if options.engine_checkpoint:
+        require_engine_path(checkpoint)
+    # ModelOpt answers the scenes at least twice to find the scales of int4: no total is known.
+    with tqdm(unit="scene", file=sys.stderr, disable=None if options.quantize else True) as bar:
+        add_package(
+            checkpoint,
+            options.output,
+            quantize=options.quantize,
+            engine_checkpoint=options.engine_checkpoint,
+            progress=lambda name: bar.update(),
+        )
     print(f"TensorRT-LLM package: {options.output / FOLDER} (written, not executed)")
     return 0
 
 
-def add_package(checkpoint: Checkpoint, bundle: Path) -> None:
+def add_package(
+    checkpoint: Checkpoint,
+    bundle: Path,
+    *,
+    quantize: str | None = None,
+    engine_checkpoint: bool = False,
+    progress: Progress | None = None,
+) -> None:
     """Put the package of ``checkpoint`` into the ``bundle`` that was built from it.
 
     Raises:
         BundleError: no bundle, changed files, or one of another checkpoint.
         CheckpointError: its tokenizer_config.json cannot be read.
+        UsageError, EngineError: it cannot be quantised (`export.model_optimizer`), or the engine path of
+            TensorRT-LLM does not have it.
     """
     manifest = Manifest.load(bundle)
     manifest.verify(bundle)
@@ -73,20 +120,44 @@ def add_package(checkpoint: Checkpoint, bundle: Path) -> None:
     with atomic_directory(bundle, marker=MANIFEST) as part:
         link_files(bundle, part)
         shutil.rmtree(part / FOLDER, ignore_errors=True)
-        write_package(checkpoint, part / FOLDER)
+        write_package(
+            checkpoint,
+            part / FOLDER,
+            quantize=quantize,
+            engine_checkpoint=engine_checkpoint,
+            progress=progress,
+        )
         written = {name for name in files_below(part) if name.startswith(f"{FOLDER}/")}
         dataclasses.replace(manifest, files=held_files(part, manifest, written)).save(part)
 
 
-def write_package(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the package into the new directory ``folder``."""
+def write_package(
+    checkpoint: Checkpoint,
+    folder: Path,
+    *,
+    quantize: str | None = None,
+    engine_checkpoint: bool = False,
+    scenes: int = CALIBRATION_SCENES,
+    progress: Progress | None = None,
+) -> None:
+    """Write the package into the new directory ``folder``; see `add_package`."""
     model, config = folder / "model", checkpoint.config.mllm
     shutil.copytree(checkpoint.mllm, model)
+    if quantize is not None:
+        quantize_directory(checkpoint, model, quantize, scenes=scenes, progress=progress)
+    if engine_checkpoint:
+        write_engine_checkpoint(checkpoint, folder / ENGINE_FOLDER)
     write_json(model / _TOKENIZER_CONFIG, with_template(_read(model / _TOKENIZER_CONFIG)))
     write_json(model / "preprocessor_config.json", image_processor(config))
     write_text(folder / "llm_args.yaml", yaml(llm_arguments(config)))
     command = SERVE.format(model="model", arguments="llm_args.yaml")
-    write_text(folder / "README.md", _README.format(command=command))
+    told = _README.format(command=command)
+    if quantize is not None:
+        told += f"\nThe weights of the text model are {quantize}, quantised by NVIDIA's ModelOpt.\n"
+    if engine_checkpoint:
+        tokens = config.image_tokens
+        told += _ENGINES.format(build=BUILD.format(length=config.max_length, features=tokens))
+    write_text(folder / "README.md", told)
 
 
 def image_processor(config: MLLMConfig) -> dict[str, Any]:
@@ -161,7 +232,14 @@ _README = """# TensorRT-LLM package
 
 serves it; `PPCR_TENSORRT_LLM_URL=http://localhost:8000` then has the runtime ask that server. Without the
 variable the runtime loads `model/` itself, where tensorrt_llm is installed. Written against the sources of
-TensorRT-LLM, but not executed.
+TensorRT-LLM 1.2.0, but not executed.
+"""
+_ENGINES = """
+`engine_checkpoint/` is the text model for the engine path, which 1.2 is the last release to have:
+
+    {build}
+
+compiles it. Image features come from the bundle's vision graph, through the prompt table. Not executed.
 """
 
 

@@ -93,7 +93,8 @@ class DeviceMemory:
     address = 0
 
     def __init__(self, size: int, *, zeroed: bool = False) -> None:
-        self.size = size
+        # What made a thing destroys it: a destructor may run when there is nothing left to find it by.
+        self.size, self._runtime = size, bindings()
         try:
             self.address = int(call("cudaMalloc", size))
         except EngineError as error:
@@ -105,7 +106,7 @@ class DeviceMemory:
 
     def __del__(self) -> None:
         if self.address:
-            bindings().cudaFree(self.address)  # nobody is left to tell of a failure
+            self._runtime.cudaFree(self.address)  # nobody is left to tell of a failure
             self.address = 0
 
 
@@ -129,7 +130,8 @@ class Stream:
     """A queue of work on the GPU."""
 
     def __init__(self) -> None:
-        flags = bindings().cudaStreamNonBlocking
+        self._runtime = bindings()
+        flags = self._runtime.cudaStreamNonBlocking
         self.handle = call("cudaStreamCreateWithFlags", flags)
 
     def __int__(self) -> int:
@@ -185,25 +187,26 @@ class Stream:
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
-            bindings().cudaStreamDestroy(self.handle)
+            self._runtime.cudaStreamDestroy(self.handle)
 
 
 class Event:
     """A mark in a stream that another may wait for."""
 
     def __init__(self) -> None:
-        self.handle = call("cudaEventCreateWithFlags", bindings().cudaEventDisableTiming)
+        self._runtime = bindings()
+        self.handle = call("cudaEventCreateWithFlags", self._runtime.cudaEventDisableTiming)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
-            bindings().cudaEventDestroy(self.handle)
+            self._runtime.cudaEventDestroy(self.handle)
 
 
 class Graph:
     """A recorded sequence of work, launched at once."""
 
     def __init__(self, graph: Any) -> None:
-        self._graph = graph
+        self._graph, self._runtime = graph, bindings()
         self._ready = call("cudaGraphInstantiate", graph, 0)
 
     def launch(self, stream: Stream) -> None:
@@ -211,5 +214,5 @@ class Graph:
 
     def __del__(self) -> None:
         if hasattr(self, "_ready"):
-            bindings().cudaGraphExecDestroy(self._ready)
-            bindings().cudaGraphDestroy(self._graph)
+            self._runtime.cudaGraphExecDestroy(self._ready)
+            self._runtime.cudaGraphDestroy(self._graph)

@@ -59,12 +59,17 @@ def require_loadable(
 
 
 def require_memory(entries: dict[str, EngineEntry], extra: int, device: Device) -> None:
-    """Raise EngineError unless the engines and ``extra`` bytes fit into what is free on the GPU."""
-    needed = sum(entry.bytes_on_gpu for entry in entries.values()) + extra
+    """Raise EngineError unless the engines and ``extra`` bytes fit into what is free on the GPU.
+
+    Engines that stream their weights are left out: they keep as many as fit.
+    """
+    resident = [entry for entry in entries.values() if "weight-streaming" not in entry.options]
+    needed = sum(entry.bytes_on_gpu for entry in resident) + extra
     if needed > device.free:
         raise EngineError(
             f"these engines need about {needed / 1e6:.0f} MB on {device.name}, {device.free / 1e6:.0f} of "
-            f"{device.total / 1e6:.0f} MB are free: close other programs, or build with --precision int4"
+            f"{device.total / 1e6:.0f} MB are free: close other programs, or build with --precision int4 or "
+            "--weight-streaming"
         )
 
 
@@ -93,6 +98,8 @@ class Engine:
         self._engine = runtime.deserialize_cuda_engine(data)
         if self._engine is None:
             raise EngineError(f"{library.title} cannot load {path}; {cure}")
+        # Before the first context: it takes its memory by this.
+        library.stream_weights(self._engine)
         self.tensors: dict[str, Tensor] = {}
         for index in range(self._engine.num_io_tensors):
             name = self._engine.get_tensor_name(index)

@@ -116,6 +116,18 @@ class TensorRT:
             context.set_optimization_profile_async(profile, stream)
         return context, cache
 
+    def stream_weights(self, engine: Any) -> int:
+        """Have an engine that may leave weights in the host's memory keep as many as fit; their bytes.
+
+        The library's own budget goes by what is free now; without one it would keep them all. 0: an engine
+        that was not built for it.
+        """
+        if not engine.streamable_weights_size:
+            return 0
+        budget = min(engine.get_weight_streaming_automatic_budget(), engine.streamable_weights_size)
+        engine.weight_streaming_budget_v2 = budget
+        return int(budget)
+
     def create_runtime(self) -> Any:
         """What loads engines; it tells of errors on stderr."""
         return self.module.Runtime(self.module.Logger(self.module.Logger.ERROR))

@@ -7,10 +7,14 @@ a test compares the tables with them.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import inspect
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+from export.model_optimizer import FORMATS
 
 FOLDER = Path(__file__).parent / "signatures"
 CUDA = (
@@ -37,7 +41,7 @@ TENSORRT = {
     "Runtime": ("deserialize_cuda_engine", "get_engine_validity"),
     "ICudaEngine": (
         "create_execution_context", "create_runtime_config", "get_tensor_dtype", "get_tensor_name",
-        "get_tensor_profile_shape", "get_tensor_shape",
+        "get_tensor_profile_shape", "get_tensor_shape", "get_weight_streaming_automatic_budget",
     ),
     "IExecutionContext": (
         "execute_async_v3", "set_input_shape", "set_optimization_profile_async", "set_tensor_address",
@@ -74,6 +78,26 @@ def tensorrt(module: Any) -> dict[str, Any]:
     }
 
 
+def model_optimizer() -> dict[str, Any]:
+    """Parameters of ModelOpt's two functions, and the recipes, as JSON holds them, of the installed one."""
+    quantizer = importlib.import_module("modelopt.torch.quantization")
+    writer = importlib.import_module("modelopt.torch.export")
+    functions = {"quantize": quantizer.quantize, "export_hf_checkpoint": writer.export_hf_checkpoint}
+    return {
+        "release": f"nvidia-modelopt {importlib.metadata.version('nvidia-modelopt')}",
+        "parameters": {
+            name: [p.name for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+            for name, function in functions.items()
+        },
+        "recipes": {name: plain(getattr(quantizer, name)) for name in FORMATS.values()},
+    }
+
+
+def plain(value: Any) -> Any:
+    """Nested dictionaries with names for keys, and lists: what a round through JSON keeps."""
+    return json.loads(json.dumps(value, default=dict))
+
+
 def parameters(text: str, name: str = r"\w+") -> list[list[str]]:
     """Names of the parameters in a binding's docstring, for each overload; "=" marks those with a default."""
     found = []
@@ -95,8 +119,17 @@ def bare(part: str) -> str:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    tables = {"cuda_python": cuda(), "tensorrt_rtx": tensorrt(importlib.import_module("tensorrt_rtx"))}
-    for name, table in tables.items():
+    tables = {
+        "cuda_python": cuda,
+        "tensorrt_rtx": lambda: tensorrt(importlib.import_module("tensorrt_rtx")),
+        "model_optimizer": model_optimizer,
+    }
+    for name, record in tables.items():
+        try:
+            table = record()
+        except ModuleNotFoundError as error:
+            print(f"{name} is not recorded: {error}")
+            continue
         (FOLDER / f"{name}.json").write_text(json.dumps(table, indent=1) + "\n")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 
 from export import engines
 from export.build_engines import main
+from export.engine_job import Job, attach_timings
 from export.engine_layers import Built, Kernel
 from export.extend import held_files, link_files
 from ppcr.errors import BundleError, EngineError, UsageError
@@ -135,8 +137,11 @@ class TestBuilt:
 def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path, precision: str) -> None:
     manifest = Manifest.load(bundle)
     job = engines.make_job(manifest, bundle, "decoder", "sm_89", precision, str(tmp_path / "d.engine"))
-    built = engines.run(job, lambda told: None)
+    told = list[str]()
+    built = engines.run(job, told.append)
     assert (tmp_path / "d.engine").stat().st_size == built.bytes
+    steps = [re.fullmatch(r"(.+) (\d+)/(\d+)", line) for line in told]
+    assert steps and all(step and int(step[2]) <= int(step[3]) for step in steps), "no progress was told"
     folded = operators(bundle, "decoder")["MatMul"] - 1  # all but the head
     assert built.native.get("DEQUANTIZE", 0) == (0 if precision == "bf16" else folded)
     # Folded weights stay folded on the GPU, and both pieces share them; whole ones are there twice.
@@ -151,6 +156,14 @@ def test_decoder_at_other_precisions(rtx: TensorRT, bundle: Path, tmp_path: Path
     )
     share = {"bf16": (0.9, 1.1), "int8": (0.25, 0.4), "int4": (0.12, 0.25)}[precision]
     assert share[0] * whole < built.weight_bytes < share[1] * whole
+
+
+def test_weights_may_be_streamed(rtx: TensorRT, bundle: Path, tmp_path: Path) -> None:
+    manifest, place = Manifest.load(bundle), str(tmp_path / "d.engine")
+    job = engines.make_job(manifest, bundle, "decoder", "sm_89", "fp16", place, ("weight-streaming",))
+    built = engines.run(job, lambda told: None)
+    assert (tmp_path / "d.engine").stat().st_size == built.bytes > 0
+    assert not Path(job.timings or "").exists(), f"{rtx.title} times no kernels"
 
 
 def manifest_graph(bundle: Path) -> Path:
@@ -271,6 +284,28 @@ def test_tensorrt_builds_for_the_gpu_that_is_there() -> None:
     with pytest.raises(UsageError, match="there is none here"):
         tensorrt.require_target("sm_89", None)
     tensorrt.require_option("version-compatible")
+
+
+def test_timings_are_kept_where_kernels_are_timed(tmp_path: Path) -> None:
+    class Config:
+        """A builder's configuration: what it is given comes back when asked for."""
+
+        def create_timing_cache(self, held: bytes) -> bytes:
+            return held
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> None:
+            assert not ignore_mismatch, "timings of another GPU would be taken for this one's"
+            self.cache = cache
+
+    path = tmp_path / "timings.cache"
+    job = Job("x.onnx", "x.engine", "sm_90", None, timings=str(path))
+    for held in (b"", b"timed before"):
+        if held:
+            path.write_bytes(held)
+        config = Config()
+        assert attach_timings(library("tensorrt"), config, job) == held == config.cache
+    assert attach_timings(library("tensorrt_rtx"), Config(), job) is None
+    assert attach_timings(library("tensorrt"), Config(), dataclasses.replace(job, timings=None)) is None
 
 
 def test_versions_that_load() -> None:

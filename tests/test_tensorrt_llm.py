@@ -18,19 +18,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from export.tensorrt_llm_package import image_processor, llm_arguments, with_template, write_package, yaml
+from export.tensorrt_llm_package import with_template
 from ppcr import images, masks
-from ppcr.checkpoint import Checkpoint
 from ppcr.constraint import Constraint
-from ppcr.errors import BundleError, CheckpointError, EngineError
+from ppcr.errors import BundleError, EngineError
 from ppcr.prompts import IM_END
 from runtime import onnxruntime_session, tensorrt_llm_session
 from runtime.bundle import Bundle
 from runtime.generation import generate
 from runtime.pipeline import Pipeline
 from runtime.session import Sessions
-from runtime.tensorrt_llm_session import LibraryClient, ServerClient, TurnMLLM, fit, messages, request
-from tests.fake_gpu import table
+from runtime.tensorrt_llm_clients import (
+    URL_VARIABLE,
+    LibraryClient,
+    Piece,
+    ServerClient,
+    messages,
+    pieces,
+    request,
+)
+from runtime.tensorrt_llm_session import TurnMLLM, fit
+from tests.recorded import table
 
 TABLE = table("tensorrt_llm")
 EXPRESSION = "all red spheres behind the green cube"
@@ -43,9 +51,9 @@ class Oracle:
         self._bundle, self._mllm = bundle, onnxruntime_session.load(bundle, threads=1).mllm
         self.asked: list[str] = []
 
-    def complete(
+    def stream(
         self, text: str, image: Image.Image, regex: str, max_tokens: int, meanwhile: Any
-    ) -> tuple[str, int]:
+    ) -> Iterator[Piece]:
         self.asked.append(text)
         tokenizer, config = self._bundle.tokenizer, self._bundle.config.mllm
         (constraint,) = [c for c in self._constraints() if c.regex(tokenizer.decode) == regex]
@@ -57,7 +65,8 @@ class Oracle:
         ids = [i for token in tokenizer.encode(text) for i in ([pad] * count if token == pad else [token])]
         turn = generate(self._mllm.open(), ids, constraint, features=features, meanwhile=meanwhile)
         assert len(turn.tokens) < max_tokens
-        return tokenizer.decode(turn.tokens) + IM_END, 7
+        answer = tokenizer.decode(turn.tokens) + IM_END
+        yield from (Piece(answer[i : i + 3], 7 if i else 0) for i in range(0, len(answer), 3))
 
     def _constraints(self) -> list[Constraint]:
         tokenizer = self._bundle.tokenizer
@@ -109,6 +118,32 @@ def checked(name: str, calls: list[str]) -> Callable[..., Any]:
     return called
 
 
+class Streamed:
+    """The result of a streamed request: one object that each step brings on by a letter.
+
+    Only attributes that the recorded classes have can be read, of it and of its output.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text, self._count = text, 0
+
+    def __iter__(self) -> Streamed:
+        return self
+
+    def __next__(self) -> Streamed:
+        if self._count == len(self._text):
+            raise StopIteration
+        self._count += 1
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        assert name in TABLE["attributes"]["GenerationResult"], name
+        assert {"text", "text_diff"} <= set(TABLE["attributes"]["CompletionOutput"])
+        text = self._text[: self._count]
+        output = types.SimpleNamespace(text=text, text_diff=text[-1:])
+        return {"outputs": [output], "cached_tokens": 3, "finished": self._count == len(self._text)}[name]
+
+
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """`tensorrt_llm` as far as the adapter knows it; its answer is the regex that it was asked with."""
@@ -122,9 +157,8 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         def generate_async(inputs: Any, **options: Any) -> Any:
             checked("LLM.generate_async", calls)(**options)
             assert set(inputs) == {"prompt", "multi_modal_data"}
-            text = options["sampling_params"].guided_decoding.regex
-            output = types.SimpleNamespace(outputs=[types.SimpleNamespace(text=text)])
-            return types.SimpleNamespace(result=lambda: output)
+            assert options["streaming"] is True
+            return Streamed(options["sampling_params"].guided_decoding.regex)
 
         return types.SimpleNamespace(generate_async=generate_async)
 
@@ -139,8 +173,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_library_is_called_with_recorded_keywords_only(library: list[str]) -> None:
     client, begun = LibraryClient("model", 384), list[str]()
-    text, reused = client.complete("x", Image.new("RGB", (8, 8)), "a+", 5, lambda: begun.append("encoder"))
-    assert (text, reused, begun) == ("a+", 0, ["encoder"])
+    coming = client.stream("x", Image.new("RGB", (8, 8)), "a+", 5, lambda: begun.append("encoder"))
+    assert list(coming) == [Piece("a", 3), Piece("+", 3)]
+    assert begun == ["encoder"]
     assert set(library) == set(TABLE["keywords"])
 
 
@@ -149,6 +184,8 @@ def test_request_has_recorded_fields_only() -> None:
     assert set(body) <= set(TABLE["fields"]["ChatCompletionRequest"])
     assert set(body["response_format"]) <= set(TABLE["fields"]["ResponseFormat"])
     assert body["response_format"]["type"] in TABLE["response_format_types"]
+    assert body["stream"] is True
+    assert set(body["stream_options"]) <= set(TABLE["fields"]["StreamOptions"])
     assert json.loads(json.dumps(body)) == body
 
 
@@ -183,6 +220,21 @@ def test_answers_are_held_to_the_constraint(loaded: Bundle) -> None:
             fit(wrong, constraint, "text")
 
 
+def chunks(answer: str, model: str) -> list[dict[str, Any]]:
+    """What a server streams: the role, a letter at a time, and the use of the cache at the end."""
+    deltas = [{"role": "assistant", "content": ""}, *({"content": letter} for letter in answer)]
+    found: list[dict[str, Any]] = [
+        {"model": model, "choices": [{"index": 0, "delta": delta}]} for delta in deltas
+    ]
+    usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}
+    found.append({"model": model, "choices": [], "usage": usage})
+    for chunk in found:
+        assert set(chunk) <= set(TABLE["fields"]["ChatCompletionStreamResponse"])
+    assert set(usage) <= set(TABLE["fields"]["UsageInfo"])
+    assert {key for delta in deltas for key in delta} <= set(TABLE["fields"]["DeltaMessage"])
+    return found
+
+
 @pytest.fixture
 def server() -> Iterator[str]:
     """An HTTP server that takes what ``trtllm-serve`` takes, and refuses unknown fields as it does."""
@@ -194,11 +246,18 @@ def server() -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             regex = body["response_format"]["regex"]
+            told: list[Any] = []
             if set(body) - set(TABLE["fields"]["ChatCompletionRequest"]) or regex == "refuse":
                 return self._answer(400, {"object": "error", "message": "Extra inputs are not permitted"})
-            usage = {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4}}
-            choices = [{"index": 0, "message": {"role": "assistant", "content": regex}}]
-            return self._answer(200, {"model": body["model"], "choices": choices, "usage": usage})
+            for chunk in chunks(regex, body["model"]):
+                told.append(chunk)
+            self.send_response(200)
+            self.end_headers()
+            broken = regex == "break off"
+            for chunk in told[:1] if broken else [*told, "[DONE]"]:
+                data = chunk if isinstance(chunk, str) else json.dumps(chunk)
+                self.wfile.write(f"data: {data}\n\n".encode())
+            return None
 
         def _answer(self, code: int, value: dict[str, Any]) -> None:
             self.send_response(code)
@@ -217,47 +276,55 @@ def server() -> Iterator[str]:
 
 
 def test_server_is_asked_and_its_refusals_told(server: str) -> None:
-    image = Image.new("RGB", (8, 8))
+    image, begun = Image.new("RGB", (8, 8)), list[str]()
     client = ServerClient(server + "/v1/")
-    assert client.complete("<|im_start|>user\nx<|im_end|>\n", image, "a+", 5, None) == ("a+", 4)
+    text = "<|im_start|>user\nx<|im_end|>\n"
+    found = list(client.stream(text, image, "a+", 5, lambda: begun.append("encoder")))
+    assert found == [Piece(""), Piece("a"), Piece("+"), Piece("", 4)]
+    assert begun == ["encoder"]
     with pytest.raises(EngineError, match=r"refused /v1/chat/completions \(400\): .*not permitted"):
-        client.complete("", image, "refuse", 5, None)
+        list(client.stream("", image, "refuse", 5, None))
+    with pytest.raises(EngineError, match=r"does not answer .*the answer broke off.*start it as"):
+        list(client.stream("", image, "break off", 5, None))
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([b'data: {"object": "error", "message": "out of memory"}\n'], "out of memory"),
+        ([b"data: nonsense\n"], "Expecting value"),
+        ([b'data: {"choices": []}\n'], "broke off"),
+    ],
+)
+def test_events_that_are_no_answer(lines: list[bytes], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        list(pieces(lines))
+
+
+def test_answer_is_heard_as_it_comes(loaded: Bundle, oracle: Oracle, samples: Path) -> None:
+    tokenizer, config = loaded.tokenizer, loaded.config.mllm
+    with Image.open(samples / "scene_0.png") as opened:
+        image = opened.convert("RGB").resize(config.image_size[::-1])
+    context, heard = TurnMLLM(oracle, loaded).open(), list[str]()
+    prompt = [
+        *tokenizer.prefix(loaded.manifest.shapes.image_tokens),
+        *tokenizer.expression(EXPRESSION, max_tokens=60),
+    ]
+    turn = context.answer(prompt, tokenizer.semantic_constraint, features=image, heard=heard.append)
+    assert len(heard) > 1
+    assert "".join(heard).removesuffix(IM_END) == tokenizer.decode(turn.tokens)
+    assert turn.reused_tokens == 7
 
 
 def test_what_is_missing_is_one_line(
     loaded: Bundle, monkeypatch: pytest.MonkeyPatch, server: str, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(tensorrt_llm_session.URL_VARIABLE, raising=False)
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
     with pytest.raises(BundleError, match="write it with: python export/tensorrt_llm_package.py"):
         tensorrt_llm_session.load(loaded, threads=1)
     monkeypatch.setitem(sys.modules, "tensorrt_llm", None)
     with pytest.raises(EngineError, match="install it from NVIDIA, or name a server"):
         LibraryClient(str(tmp_path), 384)
-    monkeypatch.setenv(tensorrt_llm_session.URL_VARIABLE, "http://127.0.0.1:9")
+    monkeypatch.setenv(URL_VARIABLE, "http://127.0.0.1:9")
     with pytest.raises(EngineError, match="does not answer /v1/models"):
         tensorrt_llm_session.load(loaded, threads=1)
-
-
-def test_package_holds_a_whole_model(checkpoint: Path, tmp_path: Path) -> None:
-    opened = Checkpoint.open(checkpoint)
-    write_package(opened, tmp_path / "tensorrt_llm")
-    model = tmp_path / "tensorrt_llm" / "model"
-    for path in opened.mllm.iterdir():
-        copy = model / path.name
-        assert copy.read_bytes() == path.read_bytes() or path.name == "tokenizer_config.json"
-    arguments = llm_arguments(opened.config.mllm)
-    assert set(arguments) <= set(TABLE["keywords"]["LLM"])
-    assert set(arguments["kv_cache_config"]) <= set(TABLE["keywords"]["KvCacheConfig"])
-    assert set(arguments["cuda_graph_config"]) <= set(TABLE["keywords"]["CudaGraphConfig"])
-    assert "trtllm-serve model" in (tmp_path / "tensorrt_llm" / "README.md").read_text()
-    read = pytest.importorskip("yaml").safe_load((tmp_path / "tensorrt_llm" / "llm_args.yaml").read_text())
-    assert read == arguments == pytest.importorskip("yaml").safe_load(yaml(arguments))
-    sizes = json.loads((model / "preprocessor_config.json").read_text())
-    assert sizes == image_processor(opened.config.mllm)
-    height, width = opened.config.mllm.image_size
-    assert sizes["min_pixels"] == sizes["max_pixels"] == height * width
-
-
-def test_foreign_template_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="no chat template of this project"):
-        with_template({"chat_template": "{{ messages }}"})

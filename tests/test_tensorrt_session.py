@@ -25,9 +25,13 @@ from runtime import device, onnxruntime_session, tensorrt_library, tensorrt_sess
 from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
 from runtime.session import Prompts, Sessions
+from runtime.tensorrt_engine import require_memory
 from runtime.tensorrt_library import TensorRT
 from tests import record_signatures
-from tests.fake_gpu import FakeCuda, FakeTensorRT, engine_file, table
+from tests.fake_cuda import FakeCuda
+from tests.fake_tensorrt import FakeTensorRT, engine_file
+from tests.recorded import table
+from tests.roundings import allowed, error, products_in_a_row
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPRESSION = "the small cube"
@@ -78,9 +82,11 @@ def loaded(compiled: Path, trt: FakeTensorRT) -> Iterator[tuple[Bundle, Sessions
     (compiled / "engines/sm_89/.vision.fp16.kernels").unlink(missing_ok=True)
 
 
-def spread(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square of the difference, over the spread of ``a``; scores alike hardly spread, so 0.1."""
-    return float(np.sqrt(np.mean((a - b) ** 2)) / max(a.std(), 0.1))
+def roundings(bundle: Bundle, *roles: str) -> float:
+    """The error that fp16 graphs of these roles, one behind the other, may have (`tests.roundings`)."""
+    paths = bundle.manifest.paths("fp32")
+    graphs = [onnx.load(bundle.folder / paths[role], load_external_data=False) for role in roles]
+    return allowed(sum(max(products_in_a_row(graph).values()) for graph in graphs))
 
 
 def conversation(bundle: Bundle, seed: int) -> tuple[list[int], list[int], np.ndarray]:
@@ -111,8 +117,9 @@ def test_every_block_agrees_with_onnxruntime(loaded: tuple[Bundle, Sessions]) ->
             found.append(context.extend(ids[-1:]).copy())
             assert context.length == len(prefix) + len(ids)
         answers.append(found)
+    most = roundings(bundle, "vision", "decoder")
     for one, other in zip(*answers, strict=True):
-        assert spread(one, other) < 1e-2
+        assert error("logits", one, other) <= most
 
 
 def test_pipeline_gives_the_masks_of_onnxruntime(loaded: tuple[Bundle, Sessions], samples: Path) -> None:
@@ -121,6 +128,9 @@ def test_pipeline_gives_the_masks_of_onnxruntime(loaded: tuple[Bundle, Sessions]
     ours = Pipeline(bundle, sessions, threads=1, engine="tensorrt").open(image)
     theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1).open(image)
     assert sessions.precision == "fp16"
+    # Expressions that this scene's model answers with a tight box. Where the box is poor, the object's edge
+    # is undecided: mask logits near 0 over many pixels, and fp16's last bit moves the mask (IoU 0.966 for
+    # "all red spheres behind the green cube"), which says nothing of the session.
     for expression in ("the green cube", EXPRESSION):
         one, other = ours.segment(expression), theirs.segment(expression)
         assert one.semantic == other.semantic
@@ -141,8 +151,9 @@ def test_more_prompts_than_an_engine_takes(loaded: tuple[Bundle, Sessions]) -> N
     wanted = reference.decode(reference.encode(pixels), prompts)
     got = sessions.segmenter.decode(sessions.segmenter.encode(pixels), prompts)
     assert got[0].shape == (count, *shapes.mask_size) and got[1].shape == (count,)
-    assert spread(wanted[0], got[0]) < 1e-2
-    assert np.abs(wanted[1] - got[1]).max() < 1e-2
+    most = roundings(bundle, "image_encoder", "mask_decoder")
+    assert error("mask_logits", wanted[0], got[0]) <= most
+    assert error("scores", wanted[1], got[1]) <= most
 
 
 def test_step_is_one_launch(loaded: tuple[Bundle, Sessions], cuda: FakeCuda, trt: FakeTensorRT) -> None:
@@ -310,7 +321,41 @@ def test_capture_that_fails_is_told_and_done_without(
     context = sessions.mllm.open()
     alone = [context.extend([token]).copy() for token in (5, 6)][-1]
     context.truncate(0)
-    assert spread(alone, context.extend([5, 6])) < 1e-2
+    bundle = Bundle.load(compiled)
+    assert error("logits", alone, context.extend([5, 6])) <= roundings(bundle, "decoder")
+
+
+def test_streamed_weights_keep_what_fits(trt: FakeTensorRT) -> None:
+    library = TensorRT(trt, "tensorrt_rtx", trt.__version__)
+
+    class Engine:
+        streamable_weights_size, weight_streaming_budget_v2 = 600, None
+
+        def get_weight_streaming_automatic_budget(self) -> int:
+            return self.free
+
+        def __init__(self, free: int) -> None:
+            self.free = free
+
+    for free, kept in ((500, 500), (700, 600), (0, 0)):
+        engine = Engine(free)
+        assert library.stream_weights(engine) == kept == engine.weight_streaming_budget_v2
+    resident = Engine(500)
+    resident.streamable_weights_size = 0
+    assert library.stream_weights(resident) == 0 and resident.weight_streaming_budget_v2 is None
+
+
+def test_streamed_weights_are_not_held_against_the_free_memory(compiled: Path, trt: FakeTensorRT) -> None:
+    entries = Manifest.load(compiled).engine_set("sm_89")
+    place = device.Device(0, "Fake GPU", "sm_89", 1_000_000, 2_000_000)
+    with pytest.raises(EngineError, match="need about 40 MB .* 1 of 2 MB are free: .*--weight-streaming"):
+        require_memory(entries, 0, place)
+    streaming = {
+        role: dataclasses.replace(entry, options=("weight-streaming",)) for role, entry in entries.items()
+    }
+    require_memory(streaming, 0, place)
+    with pytest.raises(EngineError, match="need about 2 MB"):
+        require_memory(streaming, 2_000_000, place)
 
 
 def test_tensorrt_proper_takes_the_same_path(trt: FakeTensorRT) -> None:
