@@ -68,14 +68,17 @@ class Checkpoint:
 
     @property
     def mllm(self) -> Path:
+        """The folder of the MLLM."""
         return self.root / "mllm"
 
     @property
     def segmenter(self) -> Path:
+        """The folder of the segmenter."""
         return self.root / "segmenter"
 
     @property
     def tokenizer(self) -> Path:
+        """The file of the MLLM's tokenizer."""
         return self.root / "mllm" / "tokenizer.json"
 
     @cached_property
@@ -84,25 +87,22 @@ class Checkpoint:
         return _json(self.mllm / "config.json")
 
     @cached_property
-    def segmenter_config(self) -> dict[str, Any]:
-        """segmenter/config.json as a dictionary."""
-        return _json(self.segmenter / "config.json")
-
-    @cached_property
     def mllm_tensors(self) -> TensorFiles:
+        """The MLLM's weights, read when asked for."""
         return TensorFiles(self.mllm)
 
     @cached_property
     def segmenter_tensors(self) -> TensorFiles:
+        """The segmenter's weights, read when asked for."""
         return TensorFiles(self.segmenter)
 
     def embedding(self) -> np.ndarray:
-        """The MLLM's input embedding, float32 [vocabulary, hidden]."""
+        """The MLLM's input embedding, f32 [vocabulary, hidden]. Raises CheckpointError when there is none."""
         return np.ascontiguousarray(self.mllm_tensors[self.embedding_name], np.float32)
 
     @property
     def embedding_name(self) -> str:
-        """What mllm/ calls its input embedding."""
+        """What mllm/ calls its input embedding. Raises CheckpointError when there is none."""
         return self.mllm_tensors.name_of(*_EMBEDDING)
 
     def source_hash(self) -> str:

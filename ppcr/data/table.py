@@ -29,6 +29,7 @@ class Scenes:
 
     @staticmethod
     def collect(graphs: Sequence[SceneGraph], device: torch.device) -> Scenes:
+        """The light, background and noise of each scene, side by side on ``device``."""
         light, background = (
             torch.from_numpy(np.stack([getattr(graph, name) for graph in graphs])).to(device)
             for name in ("light", "background")

@@ -45,6 +45,7 @@ class TinyMLLM:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head of the text model."""
         return self.hidden // self.heads
 
     @property
@@ -54,10 +55,12 @@ class TinyMLLM:
 
     @property
     def image_tokens(self) -> int:
+        """Tokens an image takes."""
         return self.grid**2
 
     @property
     def mrope_section(self) -> list[int]:
+        """Pairs of a head that turn with time, row and column; they sum to head_dim / 2."""
         pairs = self.head_dim // 2
         return [pairs // 4, 3 * pairs // 8, 3 * pairs // 8]
 
