@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from ppcr.config import PPCRConfig
 from ppcr.errors import CheckpointError
-from ppcr.files import sha256_directory
+from ppcr.files import read_json, sha256_directory
 from ppcr.tensors import TensorFiles
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "ppcr-tiny"
@@ -84,7 +83,7 @@ class Checkpoint:
     @cached_property
     def mllm_config(self) -> dict[str, Any]:
         """mllm/config.json as a dictionary."""
-        return _json(self.mllm / "config.json")
+        return read_json(self.mllm / "config.json", CheckpointError)
 
     @cached_property
     def mllm_tensors(self) -> TensorFiles:
@@ -111,13 +110,3 @@ class Checkpoint:
             return sha256_directory(self.root)
         except OSError as error:
             raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ppcr.errors import CheckpointError
+from ppcr.files import read_json
 
 FORMAT = 1
 
@@ -130,18 +130,8 @@ class PPCRConfig:
         Raises:
             CheckpointError: missing, unreadable, or as `from_dict`.
         """
-        path = checkpoint / "config.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{checkpoint} is not a checkpoint: expected config.json, mllm/ and segmenter/ in it"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path} is not a JSON object")
-        return cls.from_dict(data)
+        missing = f"{checkpoint} is not a checkpoint: expected config.json, mllm/ and segmenter/ in it"
+        return cls.from_dict(read_json(checkpoint / "config.json", CheckpointError, missing=missing))
 
 
 def _read(kind: type[_T], data: dict[str, Any]) -> _T:
