@@ -165,9 +165,13 @@ def _enlarge(mask: BoolMask, scale: int) -> BoolMask:
 def _paint(pixels: Float32Array, masks: list[BoolMask], line: int) -> None:
     if not masks:
         return
-    pixels[~np.any(masks, axis=0)] *= _BACKGROUND
+    # In place and under a mask: indexing by masks of a whole photograph would take several times its memory.
+    background = ~np.logical_or.reduce(masks)[..., None]
+    np.multiply(pixels, np.float32(_BACKGROUND), out=pixels, where=background)
     for index, mask in enumerate(masks):
-        pixels[mask] = (1 - _FILL) * pixels[mask] + _FILL * np.asarray(color_of(index), np.float32)
+        filled = mask[..., None]
+        np.multiply(pixels, np.float32(1 - _FILL), out=pixels, where=filled)
+        np.add(pixels, np.float32(_FILL) * np.asarray(color_of(index), np.float32), out=pixels, where=filled)
     # Outlines after all fills, so that a neighbour's fill never hides one.
     for index, mask in enumerate(masks):
         pixels[_grow(mask, line) & ~mask] *= _HALO
