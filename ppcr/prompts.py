@@ -120,8 +120,8 @@ class SpatialPrompt:
         points: float32 [K, 2], an interior point xy of each instance, in 0..1.
     """
 
-    boxes: npt.NDArray[np.float32]
-    points: npt.NDArray[np.float32]
+    boxes: np.ndarray
+    points: np.ndarray
 
     @property
     def count(self) -> int:

@@ -26,7 +26,14 @@ from ppcr.tokenizer import PromptTokenizer
 
 @dataclass(frozen=True)
 class TinyMLLM:
-    """Sizes of the tiny Qwen2.5-VL; every derived value is a property."""
+    """Sizes of the tiny Qwen2.5-VL; every derived value is a property.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, intermediate: of the text model.
+        vision_hidden, vision_layers, vision_heads, vision_intermediate: of the vision tower.
+        image_size, patch: sides in pixels; merge: patches merged into a token along a side.
+        rope_theta: base of the text model's rotary frequencies.
+    """
 
     hidden: int = 256
     layers: int = 8
