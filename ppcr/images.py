@@ -52,7 +52,7 @@ def load_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> UInt8Image:
     range (32-bit float), or has more than `max_pixels` pixels.
     """
     if not os.fspath(path):
-        raise ImageError("the image path is empty; give an image file")
+        raise ImageError("cannot read image: its path is empty; give an image file")
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
