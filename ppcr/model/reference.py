@@ -44,7 +44,7 @@ class ReferenceResult:
     Attributes:
         semantic_ids, spatial_ids: tokens of both stages, as generated; the second empty for "none".
         semantic, spatial: the prompts in them.
-        scores: f32 [K] in 0..1, the segmenter's own estimate of each mask's IoU.
+        mask_logits: f32 [K, h, w], above 0: foreground; scores: f32 [K] in 0..1.
         instances: bool [K, H, W], one mask per box at the image's size.
         seconds: wall time of "semantic", "spatial", "encoder", "decoder" and "masks", and of preprocessing
             in "image".
@@ -54,6 +54,7 @@ class ReferenceResult:
     spatial_ids: tuple[int, ...]
     semantic: SemanticPrompt
     spatial: SpatialPrompt
+    mask_logits: Float32Array
     scores: Float32Array
     instances: BoolMask
     seconds: dict[str, float]
@@ -153,7 +154,7 @@ class ReferencePipeline:
             semantic_ids = self.generate(asked, patches, tokenizer.semantic_constraint, size=size)
         semantic = tokenizer.semantic(semantic_ids)
         if semantic.is_none:
-            return _nothing(semantic_ids, semantic, image, clock.seconds)
+            return _nothing(semantic_ids, semantic, image, self.segmenter.config.mask_size, clock.seconds)
         asked = [*asked, *semantic_ids, *tokenizer.between_stages]
         with clock.stage("spatial"):
             spatial_ids = self.generate(
@@ -167,7 +168,7 @@ class ReferencePipeline:
         with clock.stage("masks"):
             instances = np.stack([framing.mask(one) for one in logits])
         ids = tuple(semantic_ids), tuple(spatial_ids)
-        return ReferenceResult(*ids, semantic, spatial, scores, instances, clock.seconds)
+        return ReferenceResult(*ids, semantic, spatial, logits, scores, instances, clock.seconds)
 
     def generate(
         self,
@@ -230,8 +231,14 @@ class ReferencePipeline:
 
 
 def _nothing(
-    ids: Sequence[int], semantic: SemanticPrompt, image: images.UInt8Image, seconds: dict[str, float]
+    ids: Sequence[int],
+    semantic: SemanticPrompt,
+    image: images.UInt8Image,
+    mask_size: int,
+    seconds: dict[str, float],
 ) -> ReferenceResult:
+    logits = np.zeros((0, mask_size, mask_size), np.float32)
     instances = np.zeros((0, *image.shape[:2]), np.bool_)
     scores = np.zeros(0, np.float32)
-    return ReferenceResult(tuple(ids), (), semantic, SpatialPrompt.empty(), scores, instances, seconds)
+    spatial = SpatialPrompt.empty()
+    return ReferenceResult(tuple(ids), (), semantic, spatial, logits, scores, instances, seconds)
