@@ -1,4 +1,4 @@
-"""Boxes and the three frames they live in.
+"""Boxes, and the frames they live in.
 
 - pixels: xyxy of the *original* image, 0..W and 0..H, x right, y down, edges between pixels (a 1x1 image's
   only full box is 0,0,1,1). This is what a user gives and gets.

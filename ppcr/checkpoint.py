@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 from ppcr.config import PPCRConfig
 from ppcr.errors import CheckpointError
-from ppcr.files import sha256_directory
+from ppcr.files import read_json, sha256_directory
 from ppcr.tensors import TensorFiles
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "ppcr-tiny"
@@ -68,41 +67,41 @@ class Checkpoint:
 
     @property
     def mllm(self) -> Path:
+        """The folder of the MLLM."""
         return self.root / "mllm"
 
     @property
     def segmenter(self) -> Path:
+        """The folder of the segmenter."""
         return self.root / "segmenter"
 
     @property
     def tokenizer(self) -> Path:
+        """The file of the MLLM's tokenizer."""
         return self.root / "mllm" / "tokenizer.json"
 
     @cached_property
     def mllm_config(self) -> dict[str, Any]:
         """mllm/config.json as a dictionary."""
-        return _json(self.mllm / "config.json")
-
-    @cached_property
-    def segmenter_config(self) -> dict[str, Any]:
-        """segmenter/config.json as a dictionary."""
-        return _json(self.segmenter / "config.json")
+        return read_json(self.mllm / "config.json", CheckpointError)
 
     @cached_property
     def mllm_tensors(self) -> TensorFiles:
+        """The MLLM's weights, read when asked for."""
         return TensorFiles(self.mllm)
 
     @cached_property
     def segmenter_tensors(self) -> TensorFiles:
+        """The segmenter's weights, read when asked for."""
         return TensorFiles(self.segmenter)
 
     def embedding(self) -> np.ndarray:
-        """The MLLM's input embedding, float32 [vocabulary, hidden]."""
+        """The MLLM's input embedding, f32 [vocabulary, hidden]. Raises CheckpointError when there is none."""
         return np.ascontiguousarray(self.mllm_tensors[self.embedding_name], np.float32)
 
     @property
     def embedding_name(self) -> str:
-        """What mllm/ calls its input embedding."""
+        """What mllm/ calls its input embedding. Raises CheckpointError when there is none."""
         return self.mllm_tensors.name_of(*_EMBEDDING)
 
     def source_hash(self) -> str:
@@ -111,13 +110,3 @@ class Checkpoint:
             return sha256_directory(self.root)
         except OSError as error:
             raise CheckpointError(f"cannot read {error.filename}: {error.strerror}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ppcr.errors import CheckpointError
+from ppcr.files import read_json
 
 FORMAT = 1
 
@@ -62,6 +62,7 @@ class MLLMConfig:
 
     @property
     def image_tokens(self) -> int:
+        """Tokens an image takes at ``image_size``."""
         return self.grid[0] * self.grid[1]
 
 
@@ -96,6 +97,7 @@ class PPCRConfig:
     segmenter: SegmenterConfig = field(default_factory=SegmenterConfig)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as config.json has them."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -103,7 +105,7 @@ class PPCRConfig:
         """Read what ``to_dict`` wrote.
 
         Raises:
-            CheckpointError: of another format, or fields are missing or unknown.
+            CheckpointError: of another format, or fields are missing, unknown or of another kind.
         """
         if data.get("format") != FORMAT:
             raise CheckpointError(
@@ -115,31 +117,41 @@ class PPCRConfig:
                 "mllm": _read(MLLMConfig, data["mllm"]),
                 "segmenter": _read(SegmenterConfig, data["segmenter"]),
             }
-            return cls(**{**data, **parts})
-        except (TypeError, KeyError) as error:
+            return _checked(cls(**{**data, **parts}))
+        except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"the checkpoint's config.json does not fit this version of ppcr: {error}"
             ) from None
 
     @classmethod
     def load(cls, checkpoint: Path) -> Self:
-        """Read ``checkpoint/config.json``."""
-        path = checkpoint / "config.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{checkpoint} is not a checkpoint: expected config.json, mllm/ and segmenter/ in it"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot read {path}: {error}") from None
-        if not isinstance(data, dict):
-            raise CheckpointError(f"{path} is not a JSON object")
-        return cls.from_dict(data)
+        """Read ``checkpoint/config.json``.
+
+        Raises:
+            CheckpointError: missing, unreadable, or as `from_dict`.
+        """
+        missing = f"{checkpoint} is not a checkpoint: expected config.json, mllm/ and segmenter/ in it"
+        return cls.from_dict(read_json(checkpoint / "config.json", CheckpointError, missing=missing))
 
 
 def _read(kind: type[_T], data: dict[str, Any]) -> _T:
-    return kind(**{name: _frozen(value) for name, value in data.items()})
+    return _checked(kind(**{name: _frozen(value) for name, value in data.items()}))
+
+
+def _checked(made: _T) -> _T:
+    """`made`, whose fields have the kinds of its class's defaults. Raises TypeError."""
+    for name, usual in vars(type(made)()).items():
+        value = getattr(made, name)
+        number = isinstance(usual, float) and isinstance(value, int)
+        if not (isinstance(value, type(usual)) or number):
+            raise TypeError(f"{name} is {value!r}")
+        if isinstance(usual, tuple) and usual and (len(value) != len(usual) or not _numbers(value)):
+            raise TypeError(f"{name} is {list(value)!r}, not {len(usual)} numbers")
+    return made
+
+
+def _numbers(values: tuple[Any, ...]) -> bool:
+    return all(isinstance(value, int | float) for value in values)
 
 
 def _frozen(value: Any) -> Any:

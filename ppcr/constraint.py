@@ -92,6 +92,7 @@ class Constraint:
     segments: tuple[Segment, ...]
 
     def start(self) -> Cursor:
+        """A cursor at the first token; cursors do not share what they have read."""
         return Cursor(self.segments)
 
     @property
@@ -127,6 +128,7 @@ class Cursor:
 
     @property
     def done(self) -> bool:
+        """Whether the answer is complete."""
         return self.index >= len(self.segments)
 
     def forced(self) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 A file is written beside its place (`.<name>.<pid>-<n>.part<suffix>`) and renamed into it; a directory is
 built beside and renamed as a whole. On any error, Ctrl-C included, what was begun is removed. A place that
-cannot be written, or a full disk, raises `OutputError`.
+cannot be written, or a full disk, raises `OutputError`. JSON objects are read here too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ppcr.errors import OutputError, is_disk_full
+from ppcr.errors import OutputError, PPCRError, is_disk_full
 
 PathLike = str | os.PathLike[str]
 
@@ -117,6 +117,24 @@ def write_text(path: PathLike, text: str) -> None:
 def write_json(path: PathLike, value: Any) -> None:
     """Write indented JSON (UTF-8, strict: no NaN) atomically. Raises OutputError; ValueError on a NaN."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: PathLike, error: type[PPCRError], *, missing: str = "") -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Args:
+        error: raised when the file cannot be read or holds something else.
+        missing: the message where there is no such file (default: that there is none).
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise error(missing or f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise error(f"cannot read {path}: {reason}") from None
+    if not isinstance(data, dict):
+        raise error(f"{path} is not a JSON object")
+    return data
 
 
 def output_error(path: PathLike, error: BaseException) -> OutputError:

@@ -11,7 +11,6 @@ import os
 import stat
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -25,6 +24,7 @@ UInt8Image = npt.NDArray[np.uint8]
 Float32Array = npt.NDArray[np.float32]
 
 MAX_PIXELS = 50_000_000
+"""Largest image that is decoded, in pixels; larger ones are refused from their header alone."""
 
 # Pillow logs some damage before it raises; without a handler Python would print that on stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -51,6 +51,8 @@ def load_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> UInt8Image:
     Raises ImageError when the file is missing, empty, truncated, not an image, of a kind without a fixed
     range (32-bit float), or has more than `max_pixels` pixels.
     """
+    if not os.fspath(path):
+        raise ImageError("cannot read image: its path is empty; give an image file")
     try:
         info = os.stat(path)
         if stat.S_ISDIR(info.st_mode):
@@ -80,7 +82,7 @@ def as_rgb(source: PathLike | Image.Image | npt.NDArray[Any], *, max_pixels: int
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, (str, os.PathLike)):
-        return load_image(Path(source), max_pixels=max_pixels)
+        return load_image(source, max_pixels=max_pixels)
     kind = type(source).__name__
     raise ImageError(f"cannot use {kind} as an image; give a path, a Pillow image or a numpy array")
 

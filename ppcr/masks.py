@@ -117,10 +117,10 @@ def overlay(
     height, width = image.shape[:2]
     s = scale or min(8, -(-_DRAW_SIDE // max(height, width)))
     picture = Image.fromarray(image).resize((width * s, height * s), Image.Resampling.BICUBIC)
-    pixels = np.asarray(picture, np.float32).copy()
+    pixels = np.array(picture, np.float32)
     line = max(1, round(max(pixels.shape[:2]) / 320))
     _paint(pixels, [_enlarge(mask, s) for mask in np.asarray(masks, bool)], line)
-    picture = Image.fromarray(np.rint(pixels).astype(np.uint8))
+    picture = Image.fromarray(np.rint(pixels, out=pixels).astype(np.uint8))
     frames = np.asarray(boxes, np.float32).reshape(-1, 4) * s
     _draw_boxes(picture, frames, labels, line)
     return np.array(_with_caption(picture, caption) if caption else picture)
@@ -165,9 +165,13 @@ def _enlarge(mask: BoolMask, scale: int) -> BoolMask:
 def _paint(pixels: Float32Array, masks: list[BoolMask], line: int) -> None:
     if not masks:
         return
-    pixels[~np.any(masks, axis=0)] *= _BACKGROUND
+    # In place and under a mask: indexing by masks of a whole photograph would take several times its memory.
+    background = ~np.logical_or.reduce(masks)[..., None]
+    np.multiply(pixels, np.float32(_BACKGROUND), out=pixels, where=background)
     for index, mask in enumerate(masks):
-        pixels[mask] = (1 - _FILL) * pixels[mask] + _FILL * np.asarray(color_of(index), np.float32)
+        filled = mask[..., None]
+        np.multiply(pixels, np.float32(1 - _FILL), out=pixels, where=filled)
+        np.add(pixels, np.float32(_FILL) * np.asarray(color_of(index), np.float32), out=pixels, where=filled)
     # Outlines after all fills, so that a neighbour's fill never hides one.
     for index, mask in enumerate(masks):
         pixels[_grow(mask, line) & ~mask] *= _HALO
@@ -175,12 +179,15 @@ def _paint(pixels: Float32Array, masks: list[BoolMask], line: int) -> None:
 
 
 def _grow(mask: BoolMask, radius: int) -> BoolMask:
-    grown = mask
-    for axis in (0, 1):
-        lines = grown.swapaxes(0, axis)  # shifts run along the first axis
-        wide = np.pad(lines, ((radius, radius), (0, 0)), mode="edge")
-        shifted = [wide[k : k + len(lines)] for k in range(2 * radius + 1)]
-        grown = np.logical_or.reduce(shifted).swapaxes(0, axis)
+    """What lies within `radius` rows and columns of the mask."""
+    grown = mask.copy()
+    for lines in (grown, grown[::-1], grown.T, grown.T[::-1]):
+        # Each round doubles the reach, in place: a photograph's outline is wide, and copies of it are large.
+        reach = 0
+        while reach < radius:
+            step = min(reach + 1, radius - reach)
+            lines[:-step] |= lines[step:]
+            reach += step
     return grown
 
 

@@ -1,7 +1,7 @@
 """From an image to the patches that Qwen2.5-VL and Qwen3-VL read, without torch.
 
-A size is (height, width) in pixels. `smart_size` is the size that those models' own processors choose; a
-bundle has graphs for a few sizes only, and takes the `nearest_size` of them.
+A size is (height, width) in pixels. Those models' own processors choose any multiple of a patch; a bundle has
+graphs for a few sizes only, and takes the `nearest_size` of them.
 """
 
 from __future__ import annotations
@@ -15,34 +15,11 @@ from PIL import Image
 
 from ppcr import images
 from ppcr.config import MLLMConfig
-from ppcr.errors import ImageError
 
 Float32Array = npt.NDArray[np.float32]
 Size = tuple[int, int]
 
-MAX_ASPECT = 200
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-
-
-def smart_size(size: Size, unit: int, min_pixels: int, max_pixels: int) -> Size:
-    """The multiples of ``unit`` nearest to ``size`` whose area lies within the bounds, proportions kept.
-
-    Raises:
-        ImageError: one side is more than 200 times the other.
-    """
-    if max(size) > MAX_ASPECT * min(size):
-        height, width = size
-        raise ImageError(f"an image of {width}x{height} is too narrow: crop it to at most {MAX_ASPECT}:1")
-    # Python's own rounding: half a unit goes to the even side, as in the processors.
-    sides = [round(side / unit) * unit for side in size]
-    area = size[0] * size[1]
-    if math.prod(sides) > max_pixels:
-        shrink = math.sqrt(area / max_pixels)
-        sides = [max(unit, math.floor(side / shrink / unit) * unit) for side in size]
-    elif math.prod(sides) < min_pixels:
-        grow = math.sqrt(min_pixels / area)
-        sides = [math.ceil(side * grow / unit) * unit for side in size]
-    return sides[0], sides[1]
 
 
 def nearest_size(size: Size, choices: Sequence[Size]) -> Size:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ppcr.config import MLLMConfig
 from ppcr.errors import CheckpointError
+from ppcr.files import read_json
 from ppcr.zero_shot import CONVENTIONS
 
 # About 256 image tokens each, in the proportions of photographs. Multiples of 112 pixels where the family
@@ -72,18 +72,11 @@ def mllm_config(folder: Path) -> MLLMConfig:
     return made
 
 
+def _read(path: Path) -> dict[str, Any]:
+    missing = f"{path} is missing: give the directory of a whole model"
+    return read_json(path, CheckpointError, missing=missing)
+
+
 def _three(values: Any) -> tuple[float, float, float]:
     first, second, third = (float(value) for value in values)
     return first, second, third
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: give the directory of a whole model") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return data

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from ppcr.boxes import LOCATION_BINS, from_location, to_location
 from ppcr.errors import ExpressionError
 
 MAX_TARGETS = 6
-LOCATION_BINS = 1000
 LOCATIONS_PER_INSTANCE = 6
 ANY = "any"
 SEPARATOR = ";"
@@ -124,29 +125,38 @@ class SpatialPrompt:
 
     @property
     def count(self) -> int:
+        """K, the number of instances."""
         return int(self.boxes.shape[0])
 
     @property
-    def locations(self) -> np.ndarray:
-        """int64 [K, 6] location indices 0..999: point x, y, then box x1, y1, x2, y2."""
-        values = np.concatenate([self.points, self.boxes], axis=1).reshape(-1, LOCATIONS_PER_INSTANCE)
-        return np.clip((values * LOCATION_BINS).astype(np.int64), 0, LOCATION_BINS - 1)
+    def locations(self) -> npt.NDArray[np.int64]:
+        """int64 [K, 6] location indices 0..999: point x, y, then box x1, y1, x2, y2.
+
+        Raises:
+            BoxError: a coordinate is NaN or infinite.
+        """
+        return to_location(np.concatenate([self.points, self.boxes], axis=1))
 
     @property
     def text(self) -> str:
+        """The location tokens of all instances, as the model writes them."""
         return "".join(location_token(int(i)) for i in self.locations.reshape(-1))
 
     @classmethod
-    def from_locations(cls, locations: np.ndarray) -> SpatialPrompt:
-        """From int [6K] location indices, as generated: bin centres, box corners put in order."""
-        values = (np.asarray(locations, np.float32) + 0.5) / LOCATION_BINS
-        values = values.reshape(-1, LOCATIONS_PER_INSTANCE)
+    def from_locations(cls, locations: npt.ArrayLike) -> SpatialPrompt:
+        """From int [6K] location indices, as generated: bin centres, box corners put in order.
+
+        Raises:
+            BoxError: an index outside 0..999. ValueError: their number is no multiple of 6.
+        """
+        values = from_location(locations).reshape(-1, LOCATIONS_PER_INSTANCE)
         low = np.minimum(values[:, 2:4], values[:, 4:6])
         high = np.maximum(values[:, 2:4], values[:, 4:6])
         return cls(np.concatenate([low, high], axis=1), values[:, :2].copy())
 
     @classmethod
     def empty(cls) -> SpatialPrompt:
+        """No instance: what goes with the answer "none"."""
         return cls(np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32))
 
 
@@ -162,24 +172,33 @@ class Conversation:
 
     @property
     def before_image(self) -> str:
+        """The system turn with the ruler, and the user turn's opening."""
         spaced = (int((i + 0.5) * LOCATION_BINS / self.ruler) for i in range(self.ruler))
         marks = "".join(location_token(i) for i in spaced)
         return f"{IM_START}system\n{marks}{IM_END}\n{IM_START}user\n{VISION_START}"
 
     @property
     def after_image(self) -> str:
+        """Between image and expression."""
         return VISION_END
 
     @property
     def after_expression(self) -> str:
+        """The opening of stage 1's answer."""
         return f"{IM_END}\n{IM_START}assistant\n"
 
     @property
     def between_stages(self) -> str:
+        """The request of stage 2, and the opening of its answer."""
         return f"{IM_END}\n{IM_START}user\n{SPATIAL_REQUEST}{IM_END}\n{IM_START}assistant\n"
 
 
+MAX_CHARACTERS = 1000
+"""Longest expression, before its tokens are counted."""
+
 _UNSEEN = ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
+# Joiners and marks shape their neighbours (emoji, Arabic, accents) but show nothing by themselves.
+_SHAPING = ("Cf", "Mn", "Me", "Zs")
 _FORM = (
     "write 'category; attributes; relation; count', for example 'sphere; red metal; left of green cube; one'"
 )
@@ -189,21 +208,24 @@ _EXAMPLES = {
 }
 
 
-def clean_expression(text: str, *, max_characters: int = 1000, what: str = "expression") -> str:
+def clean_expression(text: str, *, what: str = "expression") -> str:
     """An expression as the tokenizer gets it: NFC, lower case, no control characters, single spaces.
 
     Text that looks like a special token (``<|im_end|>``) is broken up, so that an expression can never
     speak for the conversation.
 
+    Args:
+        what: "expression" or "semantic prompt", for the messages.
+
     Raises:
-        ExpressionError: nothing is left, or more than ``max_characters`` were given.
+        ExpressionError: nothing to be seen is left, or more than `MAX_CHARACTERS` were given.
     """
-    if len(text) > max_characters:
+    if len(text) > MAX_CHARACTERS:
         raise ExpressionError(
-            f"the {what} has {len(text)} characters, the limit is {max_characters}: shorten it to one phrase"
+            f"the {what} has {len(text)} characters, the limit is {MAX_CHARACTERS}: shorten it to one phrase"
         )
     text = _clean(text)
-    if not text:
+    if all(unicodedata.category(c) in _SHAPING for c in text):
         raise ExpressionError(f"the {what} is empty: {_EXAMPLES[what]}")
     return text
 

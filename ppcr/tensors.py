@@ -69,6 +69,7 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """The shape in the file's header. Raises KeyError."""
         return self._places[name][2]
 
     def kind(self, name: str) -> str:
@@ -124,6 +125,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         first = self.files.shape(self.names[0])
         return sum(self.files.shape(name)[0] for name in self.names), math.prod(first[1:])
 

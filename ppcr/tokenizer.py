@@ -39,16 +39,24 @@ class Texts(Protocol):
     """The fixed texts of a conversation."""
 
     @property
-    def before_image(self) -> str: ...
+    def before_image(self) -> str:
+        """Everything up to the image's tokens."""
+        ...
 
     @property
-    def after_image(self) -> str: ...
+    def after_image(self) -> str:
+        """Between image and expression."""
+        ...
 
     @property
-    def after_expression(self) -> str: ...
+    def after_expression(self) -> str:
+        """From the expression to stage 1's answer."""
+        ...
 
     @property
-    def between_stages(self) -> str: ...
+    def between_stages(self) -> str:
+        """From stage 1's answer to stage 2's."""
+        ...
 
 
 class PromptTokenizer:
@@ -82,29 +90,36 @@ class PromptTokenizer:
         return found
 
     def encode(self, text: str) -> list[int]:
+        """Ids of ``text``, nothing added; special tokens in it count as such."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens included."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     @cached_property
     def image_token(self) -> int:
+        """The id that stands once for each of an image's features."""
         return self._id(IMAGE_PAD)
 
     @cached_property
     def before_image(self) -> list[int]:
+        """Ids of the conversation up to the image."""
         return self.encode(self.conversation.before_image)
 
     @cached_property
     def after_image(self) -> list[int]:
+        """Ids between image and expression."""
         return self.encode(self.conversation.after_image)
 
     @cached_property
     def after_expression(self) -> list[int]:
+        """Ids from the expression to stage 1's answer."""
         return self.encode(self.conversation.after_expression)
 
     @cached_property
     def between_stages(self) -> list[int]:
+        """Ids from stage 1's answer to stage 2's."""
         return self.encode(self.conversation.between_stages)
 
     def prefix(self, image_tokens: int) -> list[int]:
@@ -139,6 +154,7 @@ class PromptTokenizer:
 
     @cached_property
     def separator(self) -> int:
+        """The id that ends a free field."""
         return self._id(SEPARATOR)
 
     @cached_property
@@ -169,7 +185,7 @@ class PromptTokenizer:
         return Choice(tuple(self._locations))
 
     def semantic(self, ids: Sequence[int]) -> SemanticPrompt:
-        """The semantic prompt of an answer within ``semantic_constraint``."""
+        """The semantic prompt of an answer within ``semantic_constraint``. Raises ValueError on others."""
         fields: list[list[int]] = [[]]
         for token in ids:
             if token == self.separator:
@@ -183,6 +199,7 @@ class PromptTokenizer:
         """The spatial prompt of an answer within ``spatial_constraint``.
 
         size: height and width in pixels of the image as the model saw it; locations do not depend on it.
+        Raises BoxError or ValueError on other answers.
         """
         return SpatialPrompt.from_locations(np.asarray(ids, np.int64) - self.first_location)
 

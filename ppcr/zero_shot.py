@@ -66,20 +66,24 @@ class ZeroShotTexts:
 
     @property
     def before_image(self) -> str:
+        """The family's own system turn, if it has one, and the user turn's opening."""
         system = _SYSTEM.get(self.family)
         opening = f"{IM_START}system\n{system}{IM_END}\n" if system else ""
         return f"{opening}{IM_START}user\n{VISION_START}"
 
     @property
     def after_image(self) -> str:
+        """The instructions of stage 1."""
         return VISION_END + _FIELDS
 
     @property
     def after_expression(self) -> str:
+        """The opening of stage 1's answer."""
         return f"{IM_END}\n{IM_START}assistant\n"
 
     @property
     def between_stages(self) -> str:
+        """The request of stage 2, and the opening of its answer."""
         return f"{IM_END}\n{IM_START}user\n{_BOXES}{IM_END}\n{IM_START}assistant\n"
 
 
@@ -137,6 +141,7 @@ class ZeroShotTokenizer(PromptTokenizer):
         return SpatialPrompt(unit, (unit[:, :2] + unit[:, 2:]) / np.float32(2))
 
     def spatial_ids(self, prompt: SpatialPrompt, size: tuple[int, int] = (1, 1)) -> list[int]:
+        """What the model would have written to say ``prompt``; ``size`` as in `spatial`."""
         return self.encode(_answer(frames.to_written(prompt.boxes, self.convention, size).tolist()))
 
 

@@ -101,6 +101,11 @@ def test_missing_part_is_named(tmp_path: Path, missing: str) -> None:
     [
         ("config.json", '{"format": 7}', "format 7"),
         ("config.json", "[]", "not a JSON object"),
+        ("config.json", '{"format": 1, "mllm": [], "segmenter": {}}', "does not fit"),
+        ("config.json", '{"format": 1, "mllm": {"patch": "8"}, "segmenter": {}}', "patch is '8'"),
+        ("config.json", '{"format": 1, "mllm": {"mean": [0.5, 0.5]}, "segmenter": {}}', "3 numbers"),
+        ("config.json", '{"format": 1, "mllm": {}, "segmenter": {"image_size": 256}}', "image_size is 256"),
+        ("config.json", '{"format": 1, "mllm": {}, "segmenter": {}, "name": 3}', "name is 3"),
         ("mllm/config.json", "{", "cannot read"),
         ("mllm/config.json", '{"model_type": "llava"}', "llava"),
     ],

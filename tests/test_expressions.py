@@ -27,6 +27,7 @@ from ppcr.data.graph import (
     sample_scene,
 )
 from ppcr.data.scenes import main, scene_example, scene_examples
+from ppcr.errors import OutputError, UsageError
 from ppcr.prompts import SemanticPrompt
 
 Sample = tuple[SceneGraph, Expression]
@@ -349,5 +350,9 @@ def test_contact_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.strip() == str(path)
     with Image.open(path) as sheet:
         assert sheet.width > 512 and sheet.height > 512
-    with pytest.raises(SystemExit):
-        main(["--sheet", str(path), "--count", "0"])
+    (tmp_path / "file").touch()
+    wrong = {"file/sheet.png": ("--count=1", OutputError), "other.png": ("--count=0", UsageError)}
+    for name, (option, error) in wrong.items():
+        assert main(["--sheet", str(tmp_path / name), option]) == error.exit_code
+        assert capsys.readouterr().err.startswith("error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "sheet.png"]

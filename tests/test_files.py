@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ppcr import files
-from ppcr.errors import OutputError
+from ppcr.errors import BundleError, OutputError
 from ppcr.files import (
     atomic_directory,
     atomic_file,
@@ -255,3 +255,30 @@ def test_ctrl_c_between_the_two_renames_puts_the_old_directory_back(
         (part / "m").write_text("new")
     assert (target / "m").read_text() == "old"
     assert names(tmp_path) == ["bundle", "bundle/m"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "a.json is missing"),
+        ("{", "cannot read"),
+        ("\udcff", "cannot read"),
+        ("[" * 100_000, "cannot read"),
+        ("[]", "not a JSON object"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str | None, told: str) -> None:
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(BundleError, match=told):
+        files.read_json(path, BundleError)
+    if content is None:
+        with pytest.raises(BundleError, match="^give another$"):
+            files.read_json(path, BundleError, missing="give another")
+
+
+def test_a_json_object_is_read_as_it_was_written(tmp_path: Path) -> None:
+    value = {"name": "\u00e9", "sizes": [1, 2.5, None]}
+    write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json", BundleError) == value

@@ -232,8 +232,21 @@ def test_bad_images(name: str, make: Callable[[Path], object], told: str, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_no_image_name(tmp_path: Path) -> None:
+    run = infer(*with_bundle("--image", "", "--expression", "x", "--output", tmp_path / "out"))
+    assert_refused(run, IMAGE_CODE, "empty")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
-    ("expression", "told"), [("", "empty"), (" \n", "empty"), ("\x07\x1b", "empty"), ("x" * 10_000, "10000")]
+    ("expression", "told"),
+    [
+        ("", "empty"),
+        (" \n", "empty"),
+        ("\x07\x1b", "empty"),
+        ("\u200b\u202e", "empty"),
+        ("x" * 10_000, "10000"),
+    ],
 )
 def test_bad_expressions(expression: str, told: str, scene: Path, tmp_path: Path) -> None:
     run = infer(*with_bundle("--image", scene, "--expression", expression, "--output", tmp_path / "out"))

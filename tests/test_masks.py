@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,30 @@ def test_overlay_shows_masks_outlines_and_boxes() -> None:
         assert outline.sum() > 40
     assert (picture[5, 45] == 68).all()
     np.testing.assert_array_equal(image, 100)
+
+
+@pytest.mark.parametrize("size", [(40, 1300), (1300, 40), (700, 3)])
+def test_outlines_are_as_wide_as_the_picture_asks(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng()
+    mask = rng.random(size) < 0.002
+    mask[-1, -1] = mask[0, 0] = True
+    picture = overlay(np.full((*size, 3), 100, np.uint8), mask[None], [], scale=1)
+    line = round(max(size) / 320)
+    near = np.zeros(size, np.bool_)
+    for row, column in np.argwhere(mask):
+        near[max(0, row - line) : row + line + 1, max(0, column - line) : column + line + 1] = True
+    expected = np.where(near, round(100 * 0.68 * 0.45), round(100 * 0.68))
+    np.testing.assert_array_equal(picture[..., 0][~mask], expected[~mask])
+
+
+def test_overlay_of_a_large_image_takes_little_memory() -> None:
+    image = np.zeros((120, 16_000, 3), np.uint8)
+    mask = disc(120, 16_000, 8_000, 60, 50)[None]
+    tracemalloc.start()
+    overlay(image, mask, [[7_950, 10, 8_050, 110]], scale=1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 30 * mask.size
 
 
 def test_overlay_enlarges_small_images_and_adds_a_caption() -> None:

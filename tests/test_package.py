@@ -39,7 +39,8 @@ def test_weights_are_half_precision_and_on_the_grid(packed: Path) -> None:
 
 
 def test_configuration_follows_the_parts(packed: Path) -> None:
-    config, segmenter = Checkpoint.open(packed).config, Checkpoint.open(packed).segmenter_config
+    config = Checkpoint.open(packed).config
+    segmenter = json.loads((packed / "segmenter" / "config.json").read_text())
     assert config.name == "packed"
     assert list(config.segmenter.mean) == segmenter["pixel_mean"]
     assert list(config.segmenter.std) == segmenter["pixel_std"]

@@ -105,6 +105,7 @@ class Style:
     articles: bool = True
 
     def the(self, noun: str) -> str:
+        """The noun with its article, where the style has articles."""
         return f"the {noun}" if self.articles else noun
 
     def trim(self, text: str) -> str:
@@ -113,15 +114,17 @@ class Style:
 
 
 class Dice:
-    """Cheap scalar draws, seeded once per scene."""
+    """Cheap scalar draws, seeded once per scene; ``uniform()`` is one in [0, 1)."""
 
     def __init__(self, seed: int) -> None:
         self.uniform = random.Random(seed).random
 
     def chance(self, probability: float) -> bool:
+        """True with that probability."""
         return self.uniform() < probability
 
     def pick(self, items: Sequence[T]) -> T:
+        """One of the items, each as likely as the others."""
         return items[int(self.uniform() * len(items))]
 
     def first(self, items: Sequence[str], favour: float = 0.4) -> str:
@@ -129,6 +132,7 @@ class Dice:
         return items[0] if self.uniform() < favour else self.pick(items)
 
     def weighted(self, items: Sequence[T], weights: Sequence[float]) -> T:
+        """One of the items, in proportion to ``weights``, which need not sum to 1."""
         total = list(accumulate(weights))
         return items[min(bisect(total, self.uniform() * total[-1]), len(items) - 1)]
 
@@ -281,7 +285,7 @@ class _Parts:
         return " ".join((dice.pick(("every", "each", "any")), *self.before, noun)) + tail
 
     def question(self, plural: bool, dice: Dice) -> str:
-        """"which ball is left of the cube": the clauses become the predicate."""
+        """As in "which ball is left of the cube": the clauses become the predicate."""
         is_ = "are" if plural else "is"
         clauses = list(self.clauses)
         head = self.head()

@@ -57,7 +57,7 @@ _ORDINAL_WEIGHTS = tuple(
 
 
 class QueryMaker:
-    """Makers of each kind of query for one scene."""
+    """Makers of each kind of query for one scene; None where a draw found nothing that fits the kind."""
 
     def __init__(self, relations: Relations, dice: Dice) -> None:
         self.relations = relations
@@ -68,13 +68,16 @@ class QueryMaker:
     # Kinds with targets
 
     def attribute(self) -> Query | None:
+        """One object by properties that no other shares."""
         return _query(self._unique(self._target()), plural=self.dice.chance(0.06))
 
     def relation(self) -> Query | None:
+        """One object by how it stands to a landmark."""
         found = self._landmark()
         return found and _query(self._related(self._target(), *found), plural=self.dice.chance(0.08))
 
     def between(self) -> Query | None:
+        """One object between two landmarks."""
         first, second = self._landmark(), self._landmark()
         if not first or not second or first[0] == second[0]:
             return None
@@ -86,9 +89,11 @@ class QueryMaker:
         return _query(phrase, BETWEEN, first[1], second[1])
 
     def superlative(self) -> Query | None:
+        """The leftmost, nearest, … of at least two alike."""
         return _query(self._class(2), self.dice.pick(SUPERLATIVES))
 
     def ordinal(self) -> Query | None:
+        """The second, third, … from a side, of at least two alike."""
         return _query(self._class(2), self.dice.weighted(ORDINALS, _ORDINAL_WEIGHTS))
 
     def negation(self) -> Query | None:
@@ -112,9 +117,11 @@ class QueryMaker:
         return inner and _query(self._related(self._target(), *inner))
 
     def plural_attribute(self) -> Query | None:
+        """Two to MAX_TARGETS objects by the properties they share."""
         return _query(self._class(2, MAX_TARGETS), plural=True)
 
     def plural(self) -> Query | None:
+        """Several objects, by half of the draws those on one side of a landmark."""
         found = self._landmark() if self.dice.chance(0.5) else None
         if found is None:
             return self.plural_attribute()
@@ -124,6 +131,7 @@ class QueryMaker:
     # Kinds without a target
 
     def false_attribute(self) -> Query | None:
+        """Properties that no object has together."""
         return _query(self._absent(), plural=self.dice.chance(0.3))
 
     def none_attribute(self) -> Query | None:

@@ -100,6 +100,7 @@ class Relations:
 
     @cached_property
     def everything(self) -> int:
+        """The set of all objects, a bit each."""
         return (1 << len(self.graph.shape)) - 1
 
     @cached_property

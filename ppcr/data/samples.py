@@ -6,7 +6,6 @@ each kind of expression. ``samples.json`` holds, for each image, expressions and
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ppcr.data.graph import SceneGraph, sample_scene
 from ppcr.data.relations import Phrase, Query, resolve
 from ppcr.data.render import render
 from ppcr.data.scenes import scene_examples
+from ppcr.errors import CommandParser, run_cli
 from ppcr.files import ensure_directory, write_json
 from ppcr.masks import encode_rle, save_png
 
@@ -30,9 +30,9 @@ _DEMO_QUERY = Query(
 KINDS = ("two_hop", "superlative", "between", "negation", "none_attribute")
 
 
-def demo_scene(limit: int = 1_000_000) -> tuple[SceneGraph, tuple[int, ...]]:
+def demo_scene() -> tuple[SceneGraph, tuple[int, ...]]:
     """The first test scene in which the demo's expression has two targets, and a red sphere it leaves out."""
-    for seed in range(limit):
+    for seed in range(1_000_000):
         graph = sample_scene("test", seed)
         targets = resolve(graph, _DEMO_QUERY)
         if not isinstance(targets, tuple) or len(targets) != 2:
@@ -56,7 +56,7 @@ def samples() -> Iterator[tuple[SceneGraph, list[tuple[str, tuple[int, ...]]]]]:
 
 
 def write_samples(output: Path) -> Path:
-    """Write scene_<i>.png (256 x 256) and samples.json. Returns the latter's path."""
+    """Write scene_<i>.png (256 x 256) and samples.json. Returns the latter's path. Raises OutputError."""
     ensure_directory(output)
     listing: list[dict[str, Any]] = []
     for number, (graph, expressions) in enumerate(samples()):
@@ -81,10 +81,13 @@ def write_samples(output: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ppcr.data.samples", description="Write the sample images."
-    )
-    parser.add_argument("--output", type=Path, default=Path("ppcr/assets/samples"))
+    """Run the command line; returns the exit code (`ppcr.errors`)."""
+    return run_cli(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = CommandParser(prog="python -m ppcr.data.samples", description="Write the sample images.")
+    parser.add_argument("--output", type=Path, default=Path("ppcr/assets/samples"), metavar="DIR")
     print(write_samples(parser.parse_args(argv).output))
     return 0
 

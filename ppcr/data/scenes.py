@@ -1,6 +1,6 @@
 """The front of the scene data: evaluation examples, and a contact sheet to look at.
 
-    python -m ppcr.data.scenes --sheet sheet.png --split test --count 12
+``python -m ppcr.data.scenes --sheet sheet.png --split test --count 12`` draws the sheet.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ppcr.data.expressions import Expression, sample_expressions
 from ppcr.data.graph import SPLITS, SceneGraph, Split, sample_scene
+from ppcr.errors import CommandParser, UsageError, run_cli
+from ppcr.masks import save_png
 
 _EXPRESSION_STREAM = 7919  # sets the expressions' random stream apart from every scene's own
 _TINT = np.array((1.0, 0.1, 0.55), np.float32)
@@ -111,24 +113,31 @@ def outline(mask: np.ndarray) -> np.ndarray:
     return mask & ~inside
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m ppcr.data.scenes", description="Draw a contact sheet.")
-    parser.add_argument("--sheet", type=Path, required=True, help="picture to write, for example sheet.png")
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--count", type=int, default=12, help="scenes (default %(default)s)")
-    parser.add_argument("--start", type=int, default=0, help="index of the first scene (default %(default)s)")
-    parser.add_argument("--columns", type=int, default=4)
-    parser.add_argument("--level", type=int, choices=(0, 1, 2), default=2, help="how hard to say")
-    options = parser.parse_args(arguments)
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    out = CommandParser("python -m ppcr.data.scenes", description="Draw a contact sheet.")
+    out.add_argument("--sheet", type=Path, required=True, help="PNG to write, for example sheet.png")
+    out.add_argument("--split", choices=SPLITS, default="test")
+    out.add_argument("--count", type=int, default=12, help="scenes (default %(default)s)")
+    out.add_argument("--start", type=int, default=0, help="index of the first scene (default %(default)s)")
+    out.add_argument("--columns", type=int, default=4)
+    out.add_argument("--level", type=int, choices=(0, 1, 2), default=2, help="how hard to say")
+    return out
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (`ppcr.errors`)."""
+    return run_cli(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    options = parser().parse_args(argv)
     if options.count < 1 or options.columns < 1 or options.start < 0:
-        parser.error("--count and --columns must be at least 1, --start at least 0")
+        raise UsageError("--count and --columns must be at least 1, --start at least 0")
     indices = range(options.start, options.start + options.count)
     examples = list(scene_examples(options.split, indices, level=options.level))
     sheet = contact_sheet(examples, columns=min(options.columns, options.count))
-    try:
-        sheet.save(options.sheet)
-    except (OSError, ValueError) as error:
-        parser.exit(1, f"cannot write {options.sheet}: {error}\n")
+    save_png(np.asarray(sheet), options.sheet)
     print(options.sheet)
     return 0
 

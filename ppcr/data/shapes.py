@@ -121,7 +121,7 @@ def _dot(a: Vector, b: Vector) -> Tensor:
 
 
 def ramp(value: Tensor, low: float, high: float) -> Tensor:
-    """Smooth step from 0 at low to 1 at high."""
+    """Smooth step of any tensor: 0 up to ``low``, 1 from ``high`` on."""
     u = ((value - low) / (high - low)).clamp_(0.0, 1.0)
     return u * u * (3.0 - 2.0 * u)
 

@@ -29,6 +29,7 @@ class Scenes:
 
     @staticmethod
     def collect(graphs: Sequence[SceneGraph], device: torch.device) -> Scenes:
+        """The light, background and noise of each scene, side by side on ``device``."""
         light, background = (
             torch.from_numpy(np.stack([getattr(graph, name) for graph in graphs])).to(device)
             for name in ("light", "background")
@@ -59,7 +60,7 @@ def _noise(scenes: Scenes, column: Tensor, row: Tensor, channel: int) -> Tensor:
 
 
 def draw_table(scenes: Scenes, shadow: Tensor, size: int) -> Tensor:
-    """Table, backdrop and shadows, f32[B, 3, S, S]."""
+    """Table and backdrop, RGB f32[B, 3, S, S], darkened by ``shadow`` f32[B, 1, S, S], 0 lit .. 1 dark."""
     values = scenes.background
     horizon, table, wall = values[0], torch.cat(values[1:4], 1), torch.cat(values[4:7], 1)
     slope_x, slope_y, stripes, frequency, angle, phase, cloud, cells, speckle, checker, squares = values[7:18]
@@ -91,7 +92,7 @@ def _clouds(scenes: Scenes, x: Tensor, y: Tensor) -> Tensor:
 
 
 def expose(image: Tensor, scenes: Scenes, size: int) -> Tensor:
-    """The camera: exposure, white balance, vignette, sensor noise, 8 bits."""
+    """The camera on f32[B, 3, S, S]: exposure, white balance, vignette, sensor noise, 8 bits; 0..1."""
     exposure, balance = scenes.light[4], torch.cat(scenes.light[5:8], 1)
     vignette, sigma = scenes.background[18:20]
     pixel = torch.arange(size, device=image.device)

@@ -75,7 +75,7 @@ def save_mllm(
             os.replace(Path(beside) / name, folder / name)
 
 
-def load_mllm(folder: Path, *, attention: str = "sdpa") -> Any:
+def load_mllm(folder: Path) -> Any:
     """Read a Qwen2.5-VL or Qwen3-VL directory as float32, ready for inference.
 
     Raises:
@@ -88,7 +88,7 @@ def load_mllm(folder: Path, *, attention: str = "sdpa") -> Any:
     try:
         family = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
         model = _FAMILIES[family].from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=attention, local_files_only=True
+            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
         )
     except Exception as error:  # transformers raises OSError, ValueError, RuntimeError, SafetensorError alike
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -77,7 +77,8 @@ class ImageEncoder(nn.Module):
         image_size: S, a multiple of 16.
         dim, high_res: channels of image_features, and of (high_res_0, high_res_1).
         context: channels of the attention blocks at S/16, a multiple of 32.
-        blocks: convolution blocks at S/8 on either side of the attention, and attention blocks.
+        blocks: convolution blocks at S/8 on either side of the attention.
+        context_blocks: attention blocks.
     """
 
     position: Tensor

@@ -112,6 +112,12 @@ class MaskDecoder(nn.Module):
 
     Upscaling keeps the 4x4 pixels of a cell in the channel dimension until the mask is one channel deep: the
     image's features are rearranged once (`prepare`), and nothing but masks is permuted per prompt.
+
+    Args:
+        dim: C, channels of tokens and cells. grid: cells along a side, S / 8.
+        high_res: (C0, C1), channels of the finer levels.
+        layers: two-way layers, each with `heads` heads of `head_dim` where prompts meet cells, and an MLP
+            `mlp` wide.
     """
 
     def __init__(

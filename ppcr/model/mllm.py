@@ -26,7 +26,14 @@ from ppcr.tokenizer import PromptTokenizer
 
 @dataclass(frozen=True)
 class TinyMLLM:
-    """Sizes of the tiny Qwen2.5-VL; every derived value is a property."""
+    """Sizes of the tiny Qwen2.5-VL; every derived value is a property.
+
+    Attributes:
+        hidden, layers, heads, kv_heads, intermediate: of the text model.
+        vision_hidden, vision_layers, vision_heads, vision_intermediate: of the vision tower.
+        image_size, patch: sides in pixels; merge: patches merged into a token along a side.
+        rope_theta: base of the text model's rotary frequencies.
+    """
 
     hidden: int = 256
     layers: int = 8
@@ -45,6 +52,7 @@ class TinyMLLM:
 
     @property
     def head_dim(self) -> int:
+        """Width of a head of the text model."""
         return self.hidden // self.heads
 
     @property
@@ -54,10 +62,12 @@ class TinyMLLM:
 
     @property
     def image_tokens(self) -> int:
+        """Tokens an image takes."""
         return self.grid**2
 
     @property
     def mrope_section(self) -> list[int]:
+        """Pairs of a head that turn with time, row and column; they sum to head_dim / 2."""
         pairs = self.head_dim // 2
         return [pairs // 4, 3 * pairs // 8, 3 * pairs // 8]
 

@@ -51,6 +51,11 @@ class TextEncoder(nn.Module):
     """Reads a text of any length into a fixed number of tokens.
 
     A fixed number keeps the mask decoder's attention free of masks and its shapes static but for the prompts.
+
+    Args:
+        embedding_dim: E, width of the MLLM's input embedding. dim: C, width of the tokens written.
+        heads, layers: of the self-attention over the text. tokens: how many are written.
+        max_length: longest text in tokens.
     """
 
     def __init__(
@@ -88,7 +93,12 @@ SPATIAL_TOKENS = 3
 
 
 class PromptEncoder(nn.Module):
-    """Prompts -> EncodedPrompts: tokens of two corners, a point and the text, and the dense part."""
+    """Prompts -> EncodedPrompts: tokens of two corners, a point and the text, and the dense part.
+
+    Args:
+        dim: C. grid: image cells along a side. embedding_dim: E, width of the MLLM's input embedding.
+        text_heads, text_layers, text_tokens, max_text: of the `TextEncoder`.
+    """
 
     cells: Tensor
     cell_positions: Tensor

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcr.model.image_encoder import ImageFeatures
@@ -15,7 +12,7 @@ from ppcr.model.sam_config import SamConfig
 from ppcr.model.sam_decoder import SamMaskDecoder
 from ppcr.model.sam_features import ENCODERS, PlainFeatures
 from ppcr.model.sam_prompts import SamPromptEncoder
-from ppcr.model.segmenter import CONFIG_FILE, WEIGHTS_FILE
+from ppcr.model.segmenter_files import fill, read_config, save_segmenter
 
 
 class SamSegmenter(nn.Module):
@@ -70,27 +67,14 @@ class SamSegmenter(nn.Module):
         return self.decode_batch(self.encode(pixels), prompts)
 
     def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{WEIGHTS_FILE}.partial"
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(state, partial, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / WEIGHTS_FILE)
+        """Write config.json and model.safetensors into `folder`."""
+        save_segmenter(self, self.config, folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> SamSegmenter:
         """Read what `save` wrote, as an fp32 module in evaluation mode on the CPU.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing, or is not of this family.
+            FileNotFoundError, ValueError: a file is missing or damaged, or is not of this family.
         """
-        folder = Path(folder)
-        model = cls(SamConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        state = load_file(folder / WEIGHTS_FILE)
-        try:
-            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-        except RuntimeError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} does not fit its config.json: {error}") from None
-        return model.eval()
+        return fill(cls(SamConfig.from_json(read_config(folder))), folder)

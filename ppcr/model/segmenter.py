@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcr.model.image_encoder import ImageEncoder
 from ppcr.model.mask_decoder import CellFeatures, MaskDecoder
 from ppcr.model.prompt_encoder import PromptEncoder, Prompts
-
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+from ppcr.model.segmenter_files import fill, read_config, save_segmenter
 
 
 @dataclass(frozen=True)
@@ -144,33 +142,17 @@ class Segmenter(nn.Module):
         return self.decode_batch(self.encode(pixels), prompts)
 
     def save(self, folder: str | Path, *, half: bool = False) -> None:
-        """Write config.json and model.safetensors (fp16 where `half`)."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            name: (value.half() if half and value.is_floating_point() else value).contiguous()
-            for name, value in self.state_dict().items()
-        }
-        partial = folder / f"{WEIGHTS_FILE}.partial"
-        save_file(state, partial, metadata={"format": "pt"})
-        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / WEIGHTS_FILE)
+        """Write config.json and model.safetensors (fp16 where `half`) into `folder`."""
+        save_segmenter(self, self.config, folder, half=half)
 
     @classmethod
     def load(cls, folder: str | Path) -> Segmenter:
         """Read what `save` wrote, as an fp32 module in evaluation mode on the CPU.
 
         Raises:
-            FileNotFoundError, ValueError: a file is missing, or is not of this architecture.
+            FileNotFoundError, ValueError: a file is missing or damaged, or is not of this architecture.
         """
-        folder = Path(folder)
-        model = cls(SegmenterConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8")))
-        state = load_file(folder / WEIGHTS_FILE)
-        try:
-            model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-        except RuntimeError as error:
-            raise ValueError(f"{folder / WEIGHTS_FILE} does not fit its config.json: {error}") from None
-        return model.eval()
+        return fill(cls(SegmenterConfig.from_json(read_config(folder))), folder)
 
 
 def normalize(image: Tensor, config: SegmenterConfig) -> Tensor:

@@ -10,7 +10,8 @@ from ppcr.model.mask_decoder import CellFeatures
 from ppcr.model.sam import SamSegmenter
 from ppcr.model.sam_config import ARCHITECTURES
 from ppcr.model.sam_features import PlainFeatures
-from ppcr.model.segmenter import CONFIG_FILE, Segmenter
+from ppcr.model.segmenter import Segmenter
+from ppcr.model.segmenter_files import read_config
 
 AnySegmenter = Segmenter | SamSegmenter
 AnyFeatures = CellFeatures | ImageFeatures | PlainFeatures
@@ -22,7 +23,9 @@ def load_segmenter(folder: Path) -> AnySegmenter:
     Raises:
         OSError, ValueError: a file is missing or damaged, or of no architecture known here.
     """
-    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    if isinstance(values, dict) and values.get("architecture") in ARCHITECTURES:
+    values = json.loads(read_config(folder))
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json of {folder} is not a JSON object")
+    if values.get("architecture") in ARCHITECTURES:
         return SamSegmenter.load(folder)
     return Segmenter.load(folder)

@@ -32,6 +32,7 @@ class Layout:
 
     @property
     def length(self) -> int:
+        """Tokens of the whole sequence."""
         return self.prefix + sum(count * length for count, length in self.slots)
 
     @property
