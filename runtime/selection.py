@@ -18,7 +18,7 @@ from runtime.bundle import AUTO, Bundle
 from runtime.engine_checks import CHECKS, Asked, engine_precision, gate_name, graph_precision
 from runtime.session import BACKENDS, Sessions, load_sessions
 
-ENGINES: tuple[str, ...] = ("tensorrt", "torch", "openvino", "onnxruntime")
+ENGINES: tuple[str, ...] = ("tensorrt", "torch", "onnxruntime-cuda", "openvino", "onnxruntime")
 """What "auto" tries, fastest first. An engine of `BACKENDS` beyond these is used when it is named."""
 PASSED, FAILED, UNGATED = "passed", "failed", "ungated"
 # Engines that are told the precision apart from the graphs'.

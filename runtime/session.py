@@ -143,6 +143,7 @@ class Sessions:
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.onnxruntime_session",
+    "onnxruntime-cuda": "runtime.onnxruntime_cuda_session",
     "openvino": "runtime.openvino_session",
     "tensorrt": "runtime.tensorrt_session",
     "torch": "runtime.torch_session",
