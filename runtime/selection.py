@@ -133,6 +133,8 @@ def _candidates(bundle: AnyBundle, wanted: str, precision: str, checkpoint: Path
         return [_examine(wanted, Asked(_manifest(bundle), precision, checkpoint, named=True))]
     found = available(bundle, precision=precision, checkpoint=checkpoint)
     if not any(candidate.usable for candidate in found):
+        if precision != AUTO:
+            _manifest(bundle).paths(precision)
         raise EngineError(f"no engine can run this bundle here: {'; '.join(map(str, found))}")
     return found
 
