@@ -132,24 +132,30 @@ class Sessions:
 
     Attributes:
         precision: what the engine computes in; "": that of the bundle's graphs.
+        device: where: "cpu" or "cuda".
     """
 
     mllm: MLLMSession
     segmenter: SegmenterSession
     precision: str = ""
+    device: str = "cpu"
 
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.onnxruntime_session",
+    "onnxruntime-cuda": "runtime.onnxruntime_cuda_session",
     "openvino": "runtime.openvino_session",
     "tensorrt": "runtime.tensorrt_session",
+    "torch": "runtime.torch_session",
     "tensorrt_llm": "runtime.tensorrt_llm_session",
 }
-"""Engine name -> module with ``load(bundle, *, threads) -> Sessions``."""
+"""Engine name -> module with ``load(bundle, *, threads) -> Sessions``; some take options besides."""
 
 
-def load_sessions(backend: str, bundle: Bundle, *, threads: int) -> Sessions:
+def load_sessions(backend: str, bundle: Bundle, *, threads: int, **options: Any) -> Sessions:
     """Both sessions of ``bundle`` on the engine called ``backend``.
+
+    options: what that engine's ``load`` takes besides.
 
     Raises:
         UsageError: no such engine. EngineError: it is not installed here or refuses the bundle.
@@ -158,7 +164,10 @@ def load_sessions(backend: str, bundle: Bundle, *, threads: int) -> Sessions:
         raise UsageError(f"unknown engine {backend!r}; the engines are: {', '.join(BACKENDS)}")
     try:
         engine = importlib.import_module(BACKENDS[backend])
-    except ImportError as error:
-        raise EngineError(f"engine {backend!r} cannot be used here: {error}; install it first") from error
-    sessions: Sessions = engine.load(bundle, threads=threads)
+    except (ImportError, OSError, RuntimeError) as error:
+        # Not installed, or a stub, or without libraries or a driver of its own.
+        told = str(error).strip().splitlines()
+        reason = told[0] if told else type(error).__name__
+        raise EngineError(f"engine {backend!r} cannot be used here: {reason}; install it first") from error
+    sessions: Sessions = engine.load(bundle, threads=threads, **options)
     return sessions

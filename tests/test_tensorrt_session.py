@@ -126,7 +126,7 @@ def test_pipeline_gives_the_masks_of_onnxruntime(loaded: tuple[Bundle, Sessions]
     bundle, sessions = loaded
     image = samples / "scene_0.png"
     ours = Pipeline(bundle, sessions, threads=1, engine="tensorrt").open(image)
-    theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1).open(image)
+    theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1, engine="onnxruntime").open(image)
     assert sessions.precision == "fp16"
     # Expressions that this scene's model answers with a tight box. Where the box is poor, the object's edge
     # is undecided: mask logits near 0 over many pixels, and fp16's last bit moves the mask (IoU 0.966 for
