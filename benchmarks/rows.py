@@ -1,0 +1,85 @@
+"""Which rows the latency benchmark has: every engine at every precision that it can run a bundle at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcr.errors import PPCRError, UsageError
+from ppcr.manifest import Manifest
+from runtime import selection
+from runtime.bundle import AUTO
+from runtime.session import BACKENDS
+
+DEFAULT, ALL = "onnxruntime", "all"
+ON_GPU = frozenset({"tensorrt", "tensorrt_llm", "torch", "onnxruntime_cuda"})
+"""Engines that compute on a GPU: plain torch then does so too, and floors are the GPU's."""
+# What an engine computes in beside the precisions of the bundle's graphs.
+_BESIDE = {"openvino": ("bf16",)}
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One engine at one precision."""
+
+    engine: str
+    precision: str
+
+    @property
+    def name(self) -> str:
+        """The row's: its precision, and the engine where that is not the usual one."""
+        return self.precision if self.engine == DEFAULT else f"{self.engine} {self.precision}"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.engine in ON_GPU
+
+
+def engines_named(given: str) -> list[str]:
+    """The engines of ``--engine``: names separated by commas, "auto", or "all" for those of auto's list.
+
+    Raises:
+        UsageError: one is not known, or there is none.
+    """
+    names = list(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+    known = (AUTO, ALL, *BACKENDS)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        told = f"unknown engine {unknown[0]!r}" if unknown else "--engine takes names separated by commas"
+        raise UsageError(f"{told}; the engines are: {', '.join(known)}")
+    return [one for name in names for one in (selection.ENGINES if name == ALL else (name,))]
+
+
+def plan(
+    bundle: Path, manifest: Manifest, engines: Sequence[str], precisions: Sequence[str] | None
+) -> tuple[list[RowPlan], dict[str, str]]:
+    """The rows that can be tried, and by name why others cannot.
+
+    precisions: of every engine; None: those the bundle holds, and those an engine has beside them.
+
+    Raises:
+        PPCRError: no row is left; says why the first is not possible.
+    """
+    rows: list[RowPlan] = []
+    left_out: dict[str, str] = {}
+    refused: list[PPCRError] = []
+    for engine in engines:
+        for precision in precisions or [*manifest.precisions, *_beside(engine, manifest)]:
+            try:
+                found = selection.choose(bundle, engine, precision=precision)
+            except PPCRError as error:
+                refused.append(error)
+                left_out[RowPlan(engine, precision).name] = str(error)
+                continue
+            rows.append(RowPlan(found.name, found.precision))
+    if not rows:
+        raise refused[0]
+    return list(dict.fromkeys(rows)), left_out
+
+
+def _beside(engine: str, manifest: Manifest) -> tuple[str, ...]:
+    if engine == "tensorrt":
+        return tuple(dict.fromkeys(entry.precision for entry in manifest.engines))
+    beside = _BESIDE.get(engine, ())
+    return tuple(name for name in beside if "fp32" in manifest.precisions)
