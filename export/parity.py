@@ -74,7 +74,7 @@ def held_out(count: int) -> Iterator[tuple[npt.NDArray[np.uint8], SceneExample]]
 def measure(bundle: Path, precision: str, cases: Sequence[Case], progress: Progress) -> Parity:
     """Run ``cases`` through the runtime at ``precision`` and compare each with its reference."""
     identical, overlaps = [], []
-    with Pipeline.load(bundle, precision=precision) as pipeline:
+    with Pipeline.load(bundle, precision=precision, engine="onnxruntime") as pipeline:
         for case in cases:
             result = pipeline.open(case.image).segment(case.expression)
             identical.append(same_tokens(result, case.reference))

@@ -133,7 +133,8 @@ class Manifest:
             for further image sizes, and of weights that lie beside their graphs.
         files: every file of the bundle but the manifest itself.
         default_precision: what a load takes when nothing is said.
-        parity: figures per precision; empty when the gate was not run.
+        parity: figures by `parity_key`: those of onnxruntime, which the build measures, and of other engines;
+            empty when the gate was not run.
         parity_failure_allowed: the bundle was shipped with --allow-parity-failure.
         engines: what was compiled from the graphs so far, if anything.
     """
@@ -294,6 +295,11 @@ class Manifest:
 def vision_role(size: tuple[int, int]) -> str:
     """The role of the vision graph for a further image size (height, width) than the bundle's first."""
     return f"vision_{size[0]}x{size[1]}"
+
+
+def parity_key(engine: str, precision: str) -> str:
+    """Where ``parity`` of a manifest has an engine's figures; those of onnxruntime have no engine's name."""
+    return precision if engine == "onnxruntime" else f"{engine} {precision}"
 
 
 def _is_further_role(role: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from ppcr.boxes import parse_box
 from ppcr.errors import EXIT_CODES, CommandParser, OutputError, UsageError, one_line, run_cli
 from runtime.bundle import AUTO, DEFAULT_BUNDLE, PRECISIONS
 from runtime.pipeline import Pipeline, Scene
-from runtime.result import Result
+from runtime.result import EngineFacts, Result
 from runtime.session import BACKENDS
 
 _MAX_SHOWN = 100
@@ -59,7 +60,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--precision", choices=PRECISIONS, default=AUTO, help="default: what the bundle says")
     made.add_argument(
-        "--engine", choices=sorted(BACKENDS), default="onnxruntime", help="default: %(default)s"
+        "--engine",
+        choices=(AUTO, *BACKENDS),
+        default=AUTO,
+        help="what runs the bundle (default: the fastest that starts on this machine)",
+    )
+    made.add_argument(
+        "--checkpoint", metavar="DIR", help="what the bundle was made from, for engines that read its weights"
     )
     made.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
     return made
@@ -67,7 +74,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's own) and return its exit code."""
-    return run_cli(lambda: _infer(parser().parse_args(argv)))
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return run_cli(lambda: _infer(parser().parse_args(argv)))
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"warning: {one_line(str(message))}", file=sys.stderr, flush=True)
 
 
 def _infer(arguments: argparse.Namespace) -> int:
@@ -83,7 +96,8 @@ def _infer(arguments: argparse.Namespace) -> int:
         arguments.bundle,
         precision=arguments.precision,
         threads=arguments.threads,
-        backend=arguments.engine,
+        engine=arguments.engine,
+        checkpoint=arguments.checkpoint,
     ) as pipeline:
         scene = pipeline.open(arguments.image)
         results = _segment(scene, arguments)
@@ -124,9 +138,17 @@ def table(result: Result) -> str:
     costs = result.costs
     lines.append(
         f"{costs.tokens} tokens in {costs.forward_calls} forward calls, {costs.reused_tokens} tokens reused; "
-        f"{result.engine['engine']} {result.engine['precision']}, {result.engine['threads']} threads"
+        f"{_engine(result.engine)}"
     )
+    passed_over = result.engine["passed_over"]
+    assert isinstance(passed_over, list)  # of all the facts the only one that is
+    lines += [f"  not {_shown(line)}" for line in passed_over]
     return "\n".join(lines)
+
+
+def _engine(facts: EngineFacts) -> str:
+    verdict = "ungated" if facts["parity"] == "ungated" else f"parity gate {facts['parity']}"
+    return f"{facts['engine']} {facts['precision']}, {verdict}, {facts['threads']} threads"
 
 
 def _shown(text: str) -> str:

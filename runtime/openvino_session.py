@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU for both image encoders and the mask decoder; bfloat16 where the processor has it.
+"""OpenVINO on the CPU for both image encoders and the mask decoder, in fp32 or, where asked for, bfloat16.
 
 The decoder stays with onnxruntime: OpenVINO does not know TensorScatter, which updates the KV cache in place.
 """
@@ -11,36 +11,43 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from ppcr.errors import BundleError
+from ppcr.errors import BundleError, EngineError
 from ppcr.manifest import REBUILD
-from runtime.bundle import Bundle
+from runtime.bundle import AUTO, Bundle
 from runtime.onnxruntime_session import OnnxMLLM, load_decoder
 from runtime.session import Float32Array, Prompts, Sessions
 
 _PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
 
 
-def load(bundle: Bundle, *, threads: int) -> Sessions:
-    """Both sessions of a bundle. Raises BundleError when a graph cannot be read, as onnxruntime's `load`."""
+def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
+    """Both sessions of a bundle, in the precision of its graphs, or fp32 graphs computed in "bf16".
+
+    Raises:
+        BundleError: a graph cannot be read, as onnxruntime's `load`.
+        EngineError: bf16 is asked for, and this processor has no instructions for it.
+    """
     if bundle.manifest.shapes.deepstack or len(bundle.config.mllm.sizes) > 1:
         raise BundleError("the OpenVINO engine takes MLLMs of one image size without DeepStack alone")
     core = ov.Core()
+    half = precision == "bf16"
+    if half and not has_bf16(core):
+        raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")
     compiled = {
-        role: _compile(core, bundle.graphs[role], threads)
+        role: _compile(core, bundle.graphs[role], threads, bf16=half)
         for role in ("vision", "image_encoder", "mask_decoder")
     }
     mllm = OpenVinoMLLM(compiled["vision"], bundle, threads=threads)
     segmenter = OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"])
-    # An int8 bundle stays called so, though what it leaves in floating point may run in bf16.
-    told = precision(core).replace("f32", "fp32")
-    return Sessions(mllm, segmenter, precision=told if bundle.precision == "fp32" else bundle.precision)
+    return Sessions(mllm, segmenter, precision="bf16" if half else bundle.precision)
 
 
-def _compile(core: ov.Core, path: Path, threads: int) -> ov.CompiledModel:
+def _compile(core: ov.Core, path: Path, threads: int, *, bf16: bool = False) -> ov.CompiledModel:
     settings: dict[str, Any] = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": precision(core),
+        # OpenVINO takes bf16 by itself where it can: say f32 as well.
+        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
     }
     try:
         return core.compile_model(str(path), "CPU", settings)
@@ -49,9 +56,9 @@ def _compile(core: ov.Core, path: Path, threads: int) -> ov.CompiledModel:
         raise BundleError(f"OpenVINO {ov.__version__} cannot read {path}: {reason}; {REBUILD}") from error
 
 
-def precision(core: ov.Core) -> str:
-    """What products are computed in: "bf16" where the processor has instructions for it, else "f32"."""
-    return "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
+def has_bf16(core: ov.Core) -> bool:
+    """Whether the processor has instructions for products in bfloat16."""
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVinoMLLM(OnnxMLLM):

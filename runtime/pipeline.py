@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from runtime.bundle import AUTO, Bundle
 from runtime.drawer import Drawer
 from runtime.prompter import Prompter, Request
-from runtime.result import Result
-from runtime.session import Sessions, load_sessions
+from runtime.result import EngineFacts, Result
+from runtime.selection import UNGATED, load
+from runtime.session import Sessions
 from runtime.timing import Stopwatch
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
@@ -37,15 +39,28 @@ class Pipeline:
 
     Args:
         bundle: verified; sessions: both of its models; threads: processors to use; engine: its name.
+        parity: what the bundle's manifest says of that engine ("passed", "failed", "ungated").
+        passed_over: a line for each faster engine: why it is not that one.
     """
 
-    def __init__(self, bundle: Bundle, sessions: Sessions, *, threads: int, engine: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        sessions: Sessions,
+        *,
+        threads: int,
+        engine: str,
+        parity: str = UNGATED,
+        passed_over: Sequence[str] = (),
+    ) -> None:
         self.bundle, self.sessions, self.threads = bundle, sessions, threads
-        self.engine: dict[str, str | int] = {
+        self.engine: EngineFacts = {
             "bundle": bundle.manifest.name,
             "precision": sessions.precision or bundle.precision,
             "engine": engine,
             "threads": threads,
+            "parity": parity,
+            "passed_over": list(passed_over),
         }
         # With one thread nothing can run beside the MLLM; the encoder then waits until masks are needed.
         self.background = ThreadPoolExecutor(1, "ppcr-encoder") if threads > 1 else None
@@ -57,16 +72,20 @@ class Pipeline:
         *,
         precision: str = AUTO,
         threads: int | None = None,
-        backend: str = "onnxruntime",
+        engine: str = AUTO,
+        checkpoint: str | os.PathLike[str] | None = None,
     ) -> Pipeline:
         """Read and check a bundle, and start an engine with it.
 
         Args:
             bundle: its folder.
-            precision: "fp32", "int8", or "auto" for the default that the build wrote into the bundle.
+            precision: "fp32", "int8", …, or "auto" for the default that the build wrote into the bundle; an
+                engine with precisions of its own takes another one then, where its parity gate passed.
             threads: processors to use at the same time; default: all that this process may use.
-            backend: the engine, of ``runtime.session.BACKENDS``. With "tensorrt" the precision is that of the
-                engines built last.
+            engine: of ``runtime.session.BACKENDS``, or "auto", the fastest of ``selection.ENGINES`` that
+                starts here. One that looked usable and does not start is told by one RuntimeWarning.
+            checkpoint: the folder that the bundle was made from, for engines that read its weights; default:
+                the checkpoint that comes with the package, where the bundle was made from that.
 
         Raises:
             BundleError, EngineError, UsageError: each says what to do.
@@ -74,8 +93,16 @@ class Pipeline:
         if threads is not None and threads < 1:
             raise UsageError(f"threads must be 1 or more, not {threads}")
         count = threads or len(os.sched_getaffinity(0))
-        checked = Bundle.load(bundle, precision=precision)
-        return cls(checked, load_sessions(backend, checked, threads=count), threads=count, engine=backend)
+        source = None if checkpoint is None else Path(checkpoint)
+        started = load(bundle, engine, precision=precision, threads=count, checkpoint=source)
+        return cls(
+            started.bundle,
+            started.sessions,
+            threads=count,
+            engine=started.candidate.name,
+            parity=started.candidate.gate,
+            passed_over=started.passed_over,
+        )
 
     def open(self, image: ImageSource) -> Scene:
         """Take an image (path, Pillow image, or array as ``ppcr.images.as_rgb`` reads it) to look at.

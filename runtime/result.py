@@ -19,6 +19,8 @@ from ppcr.files import ensure_directory, output_error
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from runtime.timing import Timing
 
+EngineFacts = dict[str, str | int | list[str]]
+
 OVERLAY, RESULT = "overlay.png", "result.json"
 FORMAT = 1
 
@@ -45,7 +47,8 @@ class Result:
         timings: seconds per stage (``runtime.timing.STAGES``) and "total".
         costs: of the MLLM.
         given: which stages were given instead of computed: "semantic", "boxes".
-        engine: bundle, precision, engine and threads that were used.
+        engine: bundle, precision, engine and threads that were used; the engine's parity verdict, and why
+            faster engines were passed over, a line each.
     """
 
     expression: str
@@ -57,7 +60,7 @@ class Result:
     timings: dict[str, Timing]
     costs: Costs
     given: tuple[str, ...]
-    engine: dict[str, str | int]
+    engine: EngineFacts
 
     @property
     def size(self) -> tuple[int, int]:

@@ -145,11 +145,13 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "runtime.tensorrt_session",
     "tensorrt_llm": "runtime.tensorrt_llm_session",
 }
-"""Engine name -> module with ``load(bundle, *, threads) -> Sessions``."""
+"""Engine name -> module with ``load(bundle, *, threads) -> Sessions``; some take options besides."""
 
 
-def load_sessions(backend: str, bundle: Bundle, *, threads: int) -> Sessions:
+def load_sessions(backend: str, bundle: Bundle, *, threads: int, **options: Any) -> Sessions:
     """Both sessions of ``bundle`` on the engine called ``backend``.
+
+    options: what that engine's ``load`` takes besides.
 
     Raises:
         UsageError: no such engine. EngineError: it is not installed here or refuses the bundle.
@@ -160,5 +162,5 @@ def load_sessions(backend: str, bundle: Bundle, *, threads: int) -> Sessions:
         engine = importlib.import_module(BACKENDS[backend])
     except ImportError as error:
         raise EngineError(f"engine {backend!r} cannot be used here: {error}; install it first") from error
-    sessions: Sessions = engine.load(bundle, threads=threads)
+    sessions: Sessions = engine.load(bundle, threads=threads, **options)
     return sessions

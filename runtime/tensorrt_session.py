@@ -14,7 +14,7 @@ import numpy as np
 from ppcr.errors import BundleError
 from ppcr.manifest import REBUILD, EngineEntry
 from runtime import tensorrt_library
-from runtime.bundle import Bundle
+from runtime.bundle import AUTO, Bundle
 from runtime.device import DeviceMemory, PinnedArray, Stream, current_device
 from runtime.positions import make_tables
 from runtime.session import Float32Array, Sessions
@@ -23,8 +23,10 @@ from runtime.tensorrt_engine import Engine, rebuild, require_loadable, require_m
 from runtime.tensorrt_segmenter import TensorRTSegmenter
 
 
-def load(bundle: Bundle, *, threads: int) -> Sessions:
+def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     """Both sessions of a bundle that holds engines for the GPU of this process.
+
+    precision: of the engines; "auto": that of those built last.
 
     Raises:
         BundleError: there are no engines for it, or one of them is stale, changed or cut short.
@@ -36,7 +38,9 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         raise BundleError(f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}")
     if len(bundle.config.mllm.sizes) > 1:
         raise BundleError(f"this engine takes images of one size, this bundle has several: {REBUILD}")
-    entries: dict[str, EngineEntry] = manifest.engine_set(device.target)
+    entries: dict[str, EngineEntry] = manifest.engine_set(
+        device.target, None if precision == AUTO else precision
+    )
     for entry in entries.values():
         require_loadable(entry, manifest, bundle.folder, library, device)
     cache = 4 * shapes.layers * shapes.kv_heads * shapes.max_length * shapes.head_dim

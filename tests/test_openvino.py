@@ -55,7 +55,7 @@ def test_graphs_agree_with_onnxruntime(
 
 def test_pipeline_gives_the_masks_of_onnxruntime(bundle: Path, samples: Path) -> None:
     pipelines = [
-        Pipeline.load(bundle, precision="fp32", threads=2, backend=b) for b in ("onnxruntime", "openvino")
+        Pipeline.load(bundle, precision="fp32", threads=2, engine=b) for b in ("onnxruntime", "openvino")
     ]
     for number in range(2):
         results = [p.open(samples / f"scene_{number}.png").segment("the small cube") for p in pipelines]

@@ -281,7 +281,7 @@ class _Parts:
         return " ".join((dice.pick(("every", "each", "any")), *self.before, noun)) + tail
 
     def question(self, plural: bool, dice: Dice) -> str:
-        """"which ball is left of the cube": the clauses become the predicate."""
+        """ "which ball is left of the cube": the clauses become the predicate."""
         is_ = "are" if plural else "is"
         clauses = list(self.clauses)
         head = self.head()

@@ -1,6 +1,6 @@
 """The front of the scene data: evaluation examples, and a contact sheet to look at.
 
-    python -m ppcr.data.scenes --sheet sheet.png --split test --count 12
+python -m ppcr.data.scenes --sheet sheet.png --split test --count 12
 """
 
 from __future__ import annotations
