@@ -5,8 +5,8 @@ last line one JSON object. Every row runs in a fresh process on the same images,
 by image; loading, warm-up and metrics are not timed. Memory and accuracy stand in the same row as the time.
 
 More on request: ``--engine`` (rows of other engines), ``--floor`` (what each stage takes at least on this
-machine), ``--waterfall`` (from plain torch to the fastest engine, step by step), ``--batch`` (expressions of one
-image together), ``--timeline`` (a picture of one request), ``--random-weights`` (public models at full size).
+machine), ``--waterfall`` (from plain torch to the fastest engine, step by step), ``--batch`` (expressions of
+one image together), ``--timeline`` (a picture of one request), ``--random-weights`` (models of full size).
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def _model(
     arguments: argparse.Namespace, bundle: Path, root: Path, engines: Sequence[str], *, note: str = ""
 ) -> Model:
     manifest = Manifest.load(bundle)
-    rows, left_out = plan(bundle, manifest, engines, _precisions(arguments.precision))
     checkpoint = Checkpoint.open(root)
+    rows, left_out = plan(bundle, manifest, engines, _precisions(arguments.precision), checkpoint=root)
     same = checkpoint.source_hash() == manifest.source
     return Model(
         bundle.resolve(),

@@ -97,7 +97,8 @@ class Model:
     def tasks(self, examples: Path, threads: int, *, torch: bool) -> list[Task]:
         """A task for each row, and the plain torch pipeline's where that is wanted."""
         common: dict[str, Any] = {
-            "examples": str(examples), "threads": threads, "fixed": self.random, "device": self.device
+            "examples": str(examples), "threads": threads, "fixed": self.random, "device": self.device,
+            "checkpoint": str(self.checkpoint.root),
         }  # fmt: skip
         tasks = [
             Task(row.name, str(self.bundle), engine=row.engine, precision=row.precision, **common)

@@ -52,29 +52,38 @@ def engines_named(given: str) -> list[str]:
 
 
 def plan(
-    bundle: Path, manifest: Manifest, engines: Sequence[str], precisions: Sequence[str] | None
+    bundle: Path,
+    manifest: Manifest,
+    engines: Sequence[str],
+    precisions: Sequence[str] | None,
+    *,
+    checkpoint: Path | None = None,
 ) -> tuple[list[RowPlan], dict[str, str]]:
     """The rows that can be tried, and by name why others cannot.
 
     precisions: of every engine; None: those the bundle holds, and those an engine has beside them.
+    checkpoint: what the bundle was made from, for engines that read its weights.
 
     Raises:
-        PPCRError: no row is left; says why the first is not possible.
+        PPCRError: no row is left, or none of a precision that was asked for; says why the first is not.
     """
     rows: list[RowPlan] = []
     left_out: dict[str, str] = {}
-    refused: list[PPCRError] = []
+    refused: dict[str, PPCRError] = {}
+    run: set[str] = set()
     for engine in engines:
         for precision in precisions or [*manifest.precisions, *_beside(engine, manifest)]:
             try:
-                found = selection.choose(bundle, engine, precision=precision)
+                found = selection.choose(bundle, engine, precision=precision, checkpoint=checkpoint)
             except PPCRError as error:
-                refused.append(error)
+                refused.setdefault(precision, error)
                 left_out[RowPlan(engine, precision).name] = str(error)
                 continue
+            run.add(precision)
             rows.append(RowPlan(found.name, found.precision))
-    if not rows:
-        raise refused[0]
+    for precision, error in refused.items():
+        if not rows or (precisions and precision not in run):
+            raise error
     return list(dict.fromkeys(rows)), left_out
 
 

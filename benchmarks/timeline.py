@@ -11,7 +11,7 @@ from benchmarks.tracing import ENCODER, MLLM, STREAMS, Event, Trace
 from ppcr.errors import EngineError, OutputError
 from ppcr.files import atomic_file
 
-_COLOURS = {
+COLOURS = {
     "open": "#b0b7c3", "vision": "#7b61c4", "semantic": "#2f6fb7", "spatial": "#1f9e89", "encoder": "#e08a1e",
     "image": "#8a8f98", "decoder": "#c0392b", "masks": "#d98880",
 }  # fmt: skip
@@ -64,7 +64,7 @@ def draw(trace: Trace, path: Path, title: str) -> None:
         row = STREAMS.index(event.stream)
         left, width = 1e3 * event.start, 1e3 * (event.end - event.start)
         axes.barh(
-            row, width, left=left, height=0.62, color=_COLOURS[event.stage], edgecolor="white", linewidth=0.4
+            row, width, left=left, height=0.62, color=COLOURS[event.stage], edgecolor="white", linewidth=0.4
         )
         _label(axes, event, row, left, width, 1e3 * trace.seconds)
     axes.axvline(1e3 * trace.seconds, color="#444444", linewidth=0.8, linestyle="--")
@@ -76,7 +76,7 @@ def draw(trace: Trace, path: Path, title: str) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     seen = {event.stage for event in trace.events}
-    patches = [Patch(color=_COLOURS[stage], label=_NAMES[stage]) for stage in _NAMES if stage in seen]
+    patches = [Patch(color=COLOURS[stage], label=_NAMES[stage]) for stage in _NAMES if stage in seen]
     axes.legend(
         handles=patches, ncol=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2)
     )

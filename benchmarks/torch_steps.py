@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ppcr.constraint import Constraint
-from ppcr.errors import UsageError
+from ppcr.errors import EngineError, UsageError
 from ppcr.model.reference import ReferencePipeline, ReferenceResult
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter
 from runtime.bundle import Bundle
@@ -63,7 +63,13 @@ class PlainView:
 
 
 def plain_pipeline(checkpoint: Path, *, threads: int, device: str = "cpu") -> ReferencePipeline:
-    """The reference of a checkpoint on a device. Raises CheckpointError, as `ReferencePipeline.load`."""
+    """The reference of a checkpoint on a device.
+
+    Raises:
+        CheckpointError: as `ReferencePipeline.load`. EngineError: this torch cannot use a GPU.
+    """
+    if device != "cpu" and not torch.cuda.is_available():
+        raise EngineError("this torch finds no GPU: install its CUDA build, or leave it out: --without-torch")
     torch.set_num_threads(threads)
     reference = ReferencePipeline.load(checkpoint, device=device)
     return cast(reference, _DTYPES[device])

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,6 @@ from runtime.session import (
 
 MLLM, ENCODER, HOST = "MLLM", "image encoder", "mask decoder and host"
 STREAMS = (MLLM, ENCODER, HOST)
-READ = ("semantic", "spatial")
 
 
 @dataclass(frozen=True)
@@ -105,10 +104,11 @@ class Recorder:
 
 
 class RecordedContext:
-    """`runtime.session.Context`; its events get their stage later, from the runtime's timings."""
+    """`runtime.session.Context`. The second stage begins with the block that has its request in it."""
 
-    def __init__(self, inner: Context, recorder: Recorder) -> None:
+    def __init__(self, inner: Context, recorder: Recorder, request: Sequence[int]) -> None:
         self._inner, self._recorder = inner, recorder
+        self._request, self._stage = list(request), "semantic"
 
     @property
     def length(self) -> int:
@@ -119,19 +119,22 @@ class RecordedContext:
         return self._inner.capacity
 
     def extend(self, token_ids: Sequence[int], features: Features | None = None) -> Float32Array:
-        with self._recorder.event(MLLM, "", calls=1, tokens=len(token_ids)):
+        stage = self._stage_of(token_ids)
+        with self._recorder.event(MLLM, stage, calls=1, tokens=len(token_ids)):
             return self._inner.extend(token_ids, features)
 
     def truncate(self, length: int) -> None:
         self._inner.truncate(length)
 
+    def _stage_of(self, token_ids: Sequence[int]) -> str:
+        ids, request = list(token_ids), self._request
+        if any(ids[at : at + len(request)] == request for at in range(len(ids) - len(request) + 1)):
+            self._stage = "spatial"
+        return self._stage
+
 
 class RecordedTurns(RecordedContext):
     """`runtime.session.TurnContext`: an engine that answers whole turns."""
-
-    def __init__(self, inner: TurnContext, recorder: Recorder) -> None:
-        super().__init__(inner, recorder)  # type: ignore[arg-type]  # it is a Context as well
-        self._turns = inner
 
     def answer(
         self,
@@ -141,17 +144,19 @@ class RecordedTurns(RecordedContext):
         features: Features | None = None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Turn:
-        start = self._recorder.now
-        turn = self._turns.answer(prompt, constraint, features=features, meanwhile=meanwhile)
-        self._recorder.add(Event(MLLM, "", start, self._recorder.now, turn.forward_calls, len(turn.tokens)))
+        stage, start = self._stage_of(prompt), self._recorder.now
+        answer = cast(TurnContext, self._inner).answer
+        turn = answer(prompt, constraint, features=features, meanwhile=meanwhile)
+        event = Event(MLLM, stage, start, self._recorder.now, turn.forward_calls, len(turn.tokens))
+        self._recorder.add(event)
         return turn
 
 
 class RecordedMLLM:
     """`runtime.session.MLLMSession`."""
 
-    def __init__(self, inner: MLLMSession, recorder: Recorder) -> None:
-        self._inner, self._recorder = inner, recorder
+    def __init__(self, inner: MLLMSession, recorder: Recorder, request: Sequence[int]) -> None:
+        self._inner, self._recorder, self._request = inner, recorder, request
 
     def encode_image(self, patches: Float32Array, **sized: Any) -> Features:
         with self._recorder.event(MLLM, "vision"):
@@ -161,7 +166,7 @@ class RecordedMLLM:
         with self._recorder.event(MLLM, "open"):
             context = self._inner.open(max_length, **about)
         kind: Any = RecordedTurns if isinstance(context, TurnContext) else RecordedContext
-        made: Context = kind(context, self._recorder)
+        made: Context = kind(context, self._recorder, self._request)
         return made
 
 
@@ -185,7 +190,7 @@ def trace(pipeline: Pipeline, image: npt.NDArray[np.uint8], expression: str) -> 
     recorder = Recorder()
     sessions = pipeline.sessions
     noted = Sessions(
-        RecordedMLLM(sessions.mllm, recorder),
+        RecordedMLLM(sessions.mllm, recorder, pipeline.bundle.tokenizer.between_stages),
         RecordedSegmenter(sessions.segmenter, recorder),
         sessions.precision,
     )
@@ -203,20 +208,12 @@ def trace(pipeline: Pipeline, image: npt.NDArray[np.uint8], expression: str) -> 
 
 
 def placed(events: Sequence[Event], wall: dict[str, float], start: float) -> tuple[Event, ...]:
-    """Events counted from ``start``, each with its stage, and the host's own work beside them.
+    """Events counted from ``start``, and the host's own work beside them.
 
-    The two turns follow each other: a call belongs to the second when its middle lies more than the first
-    turn's time after the first call. Reading the image comes first; the masks follow the last call.
+    Reading the image comes first; the masks follow the last call of an engine.
     """
-    reads = sorted(event.start for event in events if not event.stage)
-    split = reads[0] + wall.get("semantic", 0.0) if reads else 0.0
-    named = []
-    for event in sorted(events, key=lambda event: event.start):
-        stage = event.stage or READ[(event.start + event.end) / 2 > split]
-        named.append(
-            Event(event.stream, stage, event.start - start, event.end - start, event.calls, event.tokens)
-        )
-    last = max((event.end for event in named), default=wall.get("image", 0.0))
+    moved = [replace(event, start=event.start - start, end=event.end - start) for event in events]
+    last = max((event.end for event in moved), default=wall.get("image", 0.0))
     host = [("image", 0.0), ("masks", last)]
     added = [Event(HOST, stage, at, at + wall[stage]) for stage, at in host if stage in wall]
-    return tuple(sorted([*named, *added], key=lambda event: event.start))
+    return tuple(sorted([*moved, *added], key=lambda event: event.start))

@@ -71,8 +71,11 @@ def steps(
     """
     first, *others = rows
     device = "cuda" if first.on_gpu else "cpu"
-    common: dict[str, Any] = {"examples": str(examples), "threads": threads, "fixed": fixed, "device": device}
-    torch = Task("", str(bundle), **common, checkpoint=str(checkpoint), overlap=False)
+    common: dict[str, Any] = {
+        "examples": str(examples), "threads": threads, "fixed": fixed, "device": device,
+        "checkpoint": str(checkpoint),
+    }  # fmt: skip
+    torch = Task("", str(bundle), **common, overlap=False)
     engine = Task("", str(bundle), **common, engine=first.engine, precision=first.precision, kind=ENGINE)
     listed = [
         Step("plain torch", replace(torch, kind=PLAIN, source=str(checkpoint))),

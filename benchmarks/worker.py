@@ -53,7 +53,8 @@ class Task:
             str [N, E].
         threads: processors to use.
         kind: PLAIN, ENGINE, REUSED or FORCED. engine, precision: of ENGINE.
-        checkpoint: of REUSED and FORCED, whose bundle gives the rest. device: of torch, "cpu" or "cuda".
+        checkpoint: of REUSED and FORCED, whose bundle gives the rest, and of engines that read its weights.
+        device: of torch, "cpu" or "cuda".
         overlap: whether the segmenter's encoder may run beside the MLLM.
         together: all expressions of an image go in one call, whose time is shared out equally.
         fixed: answers have fixed lengths (`benchmarks.fixed_answers`), for weights that say nothing.
@@ -129,7 +130,11 @@ def load(task: Task) -> System:
         return plain(task)
     if task.kind == ENGINE:
         pipeline = Pipeline.load(
-            task.source, precision=task.precision, threads=task.threads, engine=task.engine
+            task.source,
+            precision=task.precision,
+            threads=task.threads,
+            engine=task.engine,
+            checkpoint=task.checkpoint or None,
         )
     else:
         from benchmarks.torch_steps import eager_pipeline
