@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from benchmarks.rates import Rates
@@ -70,26 +71,32 @@ def narrowed(size: float, stored: str, computed: str) -> float:
 def floors(
     work: Mapping[str, Mapping[str, float]],
     held: Mapping[str, float],
-    trace: Trace,
+    traces: Sequence[Trace],
     measured: Mapping[str, float],
     rates: Rates,
     precision: str,
 ) -> list[Floor]:
     """The floor of every stage of a first request that was measured.
 
-    work: as `benchmarks.card.flops`. held: bytes of weights by stage. trace: of one request, for the forward
-    calls of each turn. measured: seconds at work by stage. precision: that the stages compute in.
+    work: as `benchmarks.card.flops`. held: bytes of weights by stage. traces: of requests, for the mean
+    forward calls of each turn. measured: seconds at work by stage. precision: that the stages compute in.
     """
     found = []
     for stage in ROLES:
         if stage not in measured:
             continue
         flops = work["decoder (one mask)" if stage == "decoder" else stage]["first"]
-        calls = float(trace.calls(stage)) if ROLES[stage] == "decoder" else 1.0
+        calls = _calls(traces, stage) if ROLES[stage] == "decoder" else 1.0
         reading = calls * held[stage] / rates.bandwidth(round(held[stage]))
         computing = flops / rates.operations(precision)
         found.append(Floor(stage, flops, calls * held[stage], calls, reading, computing, measured[stage]))
     return found
+
+
+def _calls(traces: Sequence[Trace], stage: str) -> float:
+    """Mean forward calls in a stage, of the requests that had it; 0 where none had."""
+    counts = [trace.calls(stage) for trace in traces if trace.calls(stage)]
+    return fmean(counts) if counts else 0.0
 
 
 def measure_rates(device: str, threads: int, sizes: Sequence[int]) -> Rates:
@@ -124,7 +131,7 @@ def table(system: str, found: Sequence[Floor], end_to_end_s: float) -> list[str]
     ]
     for one in found:
         lines.append(
-            f"{one.stage:<10}{one.flops / 1e6:>10.1f}{one.bytes / 1e6:>10.1f}{one.calls:>7.0f}"
+            f"{one.stage:<10}{one.flops / 1e6:>10.1f}{one.bytes / 1e6:>10.1f}{one.calls:>7.1f}"
             f"{1e3 * one.computing_s:>12.3f}{1e3 * one.reading_s:>10.3f}{1e3 * one.floor_s:>10.3f}"
             f"{1e3 * one.measured_s:>12.3f}{one.ratio:>7.1f}x"
         )

@@ -14,13 +14,16 @@ from PIL import Image
 
 from benchmarks import card, floor, report, throughput, timeline, waterfall
 from benchmarks.examples import Example
-from benchmarks.rates import CPU, CUDA
+from benchmarks.rates import CPU, CUDA, Rates
 from benchmarks.rows import DEFAULT, RowPlan
 from benchmarks.worker import PLAIN, Task
 from benchmarks.workers import Measured, cold_start, measure_rows
 from ppcr.checkpoint import Checkpoint
 from ppcr.manifest import Manifest
 from runtime.engine_checks import graph_precision
+
+_TRACED = 8
+"""Images of which each row gives a trace, after its times have been taken."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,9 @@ class Model:
 
     @property
     def ladder(self) -> list[RowPlan]:
-        """Rows as the waterfall climbs them: torch's own precision first where there is a row of it."""
-        first = next((row for row in self._first_engine if row.precision == "fp32"), self.default_row)
+        """Rows as the waterfall climbs them: plain torch's precision first where there is a row of it."""
+        wanted = self.plain_precision
+        first = next((row for row in self._first_engine if row.precision == wanted), self.default_row)
         return [first, *(row for row in self.rows if row != first)]
 
     @property
@@ -187,7 +191,7 @@ class _Measurement:
             wanted.repeats,
             self.folder,
             optional=model.random or any(row.engine != DEFAULT for row in model.rows),
-            traced=wanted.floor or wanted.timeline is not None,
+            traced=_TRACED if wanted.floor or wanted.timeline is not None else 0,
             apart=model.random,
         )
         self.left_out |= measured.left_out
@@ -220,20 +224,31 @@ class _Measurement:
                 role: floor.narrowed(size, stored, plans[name].precision)
                 for role, size in floor.by_stage(self.weights[stored]).items()
             }
-        sizes = sorted({round(size) for listed in held.values() for size in listed.values()})
-        rates = floor.measure_rates(self.model.device, threads, sizes)
-        print("", *floor.rates_lines(rates), sep="\n")
-        told: dict[str, Any] = {"rates": rates.to_json()}
+        devices = {name: CUDA if plans[name].on_gpu else CPU for name in by_name}
+        rates: dict[str, Rates] = {}
+        for device in dict.fromkeys(devices.values()):
+            there = [listed for name, listed in held.items() if devices[name] == device]
+            sizes = sorted({round(size) for listed in there for size in listed.values()})
+            rates[device] = floor.measure_rates(device, threads, sizes)
+            print("", *floor.rates_lines(rates[device]), sep="\n")
+        told: dict[str, Any] = {"rates": {device: one.to_json() for device, one in rates.items()}}
         for name, one in by_name.items():
             stages = floor.floors(
-                self.work, held[name], measured.traces[name], one.device, rates, plans[name].precision
+                self.work,
+                held[name],
+                measured.traces[name],
+                one.device,
+                rates[devices[name]],
+                plans[name].precision,
             )
             print("", *floor.table(name, stages, one.end_to_end.p50), sep="\n")
             told[name] = floor.to_json(stages, one.end_to_end.p50)
         return told
 
     def _timeline(self, path: Path, name: str, threads: int, measured: Measured) -> None:
-        trace = measured.traces[name]
+        traces = measured.traces[name]
+        # One that found something, where there is one: all stages are in it.
+        trace = next((trace for trace in traces if "masks" in trace.wall), traces[0])
         told = f"{self.model.manifest.name}, {name}, threads: {threads}, one image and one expression"
         timeline.draw(trace, path, f"{told}: {1e3 * trace.seconds:.1f} ms")
         share = 100 * timeline.hidden(trace)

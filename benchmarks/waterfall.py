@@ -104,7 +104,14 @@ def measure(
     """Figures of the steps that run here, their rows, and why others could not be loaded."""
     tasks = [step.task for step in listed if step.task is not None]
     measured = measure_rows(
-        tasks, images, repeats, folder, expressions=EXPRESSIONS, optional=True, apart=apart
+        tasks,
+        images,
+        repeats,
+        folder,
+        expressions=EXPRESSIONS,
+        optional=True,
+        apart=apart,
+        plain_once=False,  # accuracy is of the same expressions in every row
     )
     known = names(listed)
     found = [figures(known[row.task.system], row, judged=judged) for row in measured.rows]
@@ -117,7 +124,7 @@ def names(listed: Sequence[Step]) -> dict[str, str]:
 
 
 def figures(name: str, row: Row, *, judged: bool = True) -> StepFigures:
-    """Figures of one row whose images had `EXPRESSIONS` expressions each, or one for plain torch."""
+    """Figures of one row, whose images had equally many expressions each."""
     runs = [run for _, run in (*row.first, *row.second)]
     return StepFigures(
         name,

@@ -100,12 +100,12 @@ class Worker:
 class Measured:
     """Rows that were measured together, and by system name why others could not be.
 
-    traces: of the rows that were asked for one, by system name.
+    traces: of the rows that were asked for them, by system name.
     """
 
     rows: list[Row]
     left_out: dict[str, str]
-    traces: dict[str, Trace] = field(default_factory=dict)
+    traces: dict[str, list[Trace]] = field(default_factory=dict)
 
 
 def measure_rows(
@@ -116,17 +116,18 @@ def measure_rows(
     *,
     expressions: int = 2,
     optional: bool = False,
-    traced: bool = False,
+    traced: int = 0,
     apart: bool = False,
+    plain_once: bool = True,
 ) -> Measured:
     """All tasks side by side: every image goes to each of them before the next one, after a warm-up.
 
     Every round opens each image anew and asks its expressions, in an order that alternates between rounds:
-    first and further answers are then of the same expressions. The plain row keeps nothing of an image, so
-    that it is asked the first one only. The order of tasks rotates from image to image.
+    first and further answers are then of the same expressions. The order of tasks rotates from image to
+    image. The plain row keeps nothing of an image: with ``plain_once`` it is asked the first expression only.
 
-    optional: an engine that cannot be loaded is left out, unless none can. traced: each engine's row gives a
-    trace of the first image as well, after its times have been taken. apart: one task after the other, for
+    optional: an engine that cannot be loaded is left out, unless none can. traced: images of which each
+    engine's row gives a trace as well, after its times have been taken. apart: one task after the other, for
     models that do not fit into memory side by side.
     """
     whole = Measured([], {})
@@ -143,18 +144,21 @@ def measure_rows(
                     refused.append(error)
                     name = worker.task.system
                     whole.left_out[name] = str(error).removeprefix(f"{name}: ")
-            _take_turns(pairs, images, repeats, tuple(range(expressions)))
+            _take_turns(pairs, images, repeats, tuple(range(expressions)), plain_once)
             whole.rows += [row for _, row in pairs]
             for worker, row in pairs:
                 if traced and row.task.kind != PLAIN:
                     time.sleep(_PAUSE)
-                    whole.traces[row.task.system] = worker.trace(0)
+                    found = [worker.trace(image) for image in range(min(images, traced))]
+                    whole.traces[row.task.system] = found
     if refused and all(row.task.kind == PLAIN for row in whole.rows):
         raise refused[0]
     return whole
 
 
-def _take_turns(pairs: list[tuple[Worker, Row]], images: int, repeats: int, places: tuple[int, ...]) -> None:
+def _take_turns(
+    pairs: list[tuple[Worker, Row]], images: int, repeats: int, places: tuple[int, ...], plain_once: bool
+) -> None:
     """Measure loaded rows, which gather their runs."""
     for worker, _ in pairs:
         for image in range(min(images, _WARM_UP)):
@@ -164,7 +168,7 @@ def _take_turns(pairs: list[tuple[Worker, Row]], images: int, repeats: int, plac
         shift = turn % len(pairs)
         for worker, row in pairs[shift:] + pairs[:shift]:
             time.sleep(_PAUSE)
-            asked = order[:1] if worker.task.kind == PLAIN else order
+            asked = order[:1] if plain_once and worker.task.kind == PLAIN else order
             runs, row.peak_memory_mb = worker.ask(image, asked)
             found = [((image, place), run) for place, run in zip(asked, runs, strict=True)]
             row.first.append(found[0])

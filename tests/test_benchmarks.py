@@ -89,7 +89,7 @@ def test_latency_with_everything_beside(root: Path, bundle: Path, checkpoint: Pa
     more = ("--floor", "--waterfall", "--timeline", tmp_path / "timeline.png")
     lines, last = run_script(root, "latency", "--bundle", bundle, "--checkpoint", checkpoint, *words, *more)
     floors = last["floor"]["2"]
-    assert floors["rates"]["matrix"]["fp32"] > 0 and floors["rates"]["threads"] == 2
+    assert floors["rates"]["cpu"]["matrix"]["fp32"] > 0 and floors["rates"]["cpu"]["threads"] == 2
     stages = floors["fp32"]["stages"]
     assert {"vision", "semantic"} <= set(stages) and all(one["floor_s"] > 0 for one in stages.values())
     assert floors["fp32"]["floors_s"] == pytest.approx(sum(one["floor_s"] for one in stages.values()))

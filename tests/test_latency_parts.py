@@ -139,7 +139,8 @@ def test_floors_are_the_longer_of_reading_and_computing() -> None:
     stages = ("vision", "semantic", "spatial", "encoder", "decoder (one mask)")
     work = {stage: {"first": 1e9} for stage in stages}
     measured = {"vision": 0.03, "semantic": 0.04, "spatial": 0.02, "masks": 1.0}
-    found = floor.floors(work, held, a_trace(), measured, RATES, "fp32")
+    nothing = Trace(1.0, (), {}, {})
+    found = floor.floors(work, held, [a_trace(), nothing], measured, RATES, "fp32")
     assert [one.stage for one in found] == ["vision", "semantic", "spatial"]
     vision, semantic, spatial = found
     assert (vision.computing_s, vision.reading_s) == (pytest.approx(0.01), pytest.approx(0.0008))
