@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,21 +82,19 @@ def loaded(checkpoint: Checkpoint, texts: list[tuple[str, str, int]]) -> dict[st
 
 
 def sizes_alone(checkpoint: Checkpoint, texts: list[tuple[str, str, int]]) -> dict[str, dict[str, float]]:
-    """`flops` of a checkpoint with answers of fixed lengths, from its sizes: no weight is read."""
+    """`flops` of a checkpoint with answers of fixed lengths; of the MLLM no weight is read."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from benchmarks.fixed_answers import fix_answers
     from ppcr.model.reference import ReferencePipeline
-    from ppcr.model.sam import SamSegmenter
-    from ppcr.model.sam_config import SamConfig
+    from ppcr.model.segmenters import load_segmenter
     from ppcr.zero_shot import tokenizer_of
 
-    sizes = SamConfig.from_json((checkpoint.segmenter / "config.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         mllm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint.mllm))
-        segmenter = SamSegmenter(sizes).eval()
     tokenizer = tokenizer_of(checkpoint.config, checkpoint.tokenizer)
     fix_answers(tokenizer)
+    segmenter = load_segmenter(checkpoint.segmenter)
     pipeline = ReferencePipeline(checkpoint.config, tokenizer, mllm, segmenter)
     return flops(pipeline, Conversation.held(pipeline, texts))
 
@@ -105,22 +103,19 @@ def flops(pipeline: ReferencePipeline, talk: Conversation) -> dict[str, dict[str
     """Least FLOPs of each stage: for the first expression of an image, a second one, and plain torch.
 
     A multiplication and an addition count as two. The segmenter is counted operator by operator from its
-    shapes, which works without weights; the MLLM by formulas, its text part with causal attention.
+    shapes; the MLLM by formulas, its text part with causal attention.
     """
     segmenter = pipeline.segmenter
     # The counter follows modules by gradient hooks, which parameters passed as arguments would trip.
     segmenter.requires_grad_(False)
     vision = vision_flops(pipeline)
-    with torch.no_grad(), torch.device(pipeline.device):
-        pixels = torch.zeros(1, 3, *pipeline.config.segmenter.image_size)
-        text, read_text = (
-            torch.zeros(1, _TEXT, segmenter.config.text_dim),
-            torch.ones(1, _TEXT, dtype=torch.bool),
-        )
-        encoder = counted(lambda: segmenter.encode(pixels))
-        features = segmenter.encode(pixels)
-        prompts = torch.zeros(1, 4), torch.zeros(1, 2), torch.ones(1), text, read_text
-        decoder = counted(lambda: segmenter.decode(features, *prompts))  # type: ignore[arg-type]
+    pixels = torch.zeros(1, 3, *pipeline.config.segmenter.image_size)
+    text, mask_text = torch.zeros(1, _TEXT, segmenter.config.text_dim), torch.ones(1, _TEXT, dtype=torch.bool)
+    prompts = torch.zeros(1, 4), torch.zeros(1, 2), torch.ones(1), text, mask_text
+    features: list[Any] = []
+    with torch.no_grad():
+        encoder = counted(lambda: features.append(segmenter.encode(pixels)))
+        decoder = counted(lambda: segmenter.decode(features[0], *prompts))
     two = talk.whole - talk.first
 
     def read(start: float, count: float, answer: float) -> float:

@@ -63,9 +63,9 @@ def by_stage(weights: Mapping[str, int]) -> dict[str, int]:
     return {stage: weights[role] + weights.get(f"{role}{WEIGHTS}", 0) for stage, role in ROLES.items()}
 
 
-def narrowed(size: float, stored: str, computed: str) -> float:
-    """``size`` bytes of weights stored at one precision as an engine that computes in another holds them."""
-    return size * min(1.0, _BYTES.get(computed, 4) / _BYTES.get(stored, 4))
+def scaled(size: float, stored: str, computed: str) -> float:
+    """``size`` bytes of weights stored at one precision, as an engine that computes in another holds them."""
+    return size * _BYTES[computed] / _BYTES[stored]
 
 
 def floors(

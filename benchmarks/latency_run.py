@@ -217,13 +217,7 @@ class _Measurement:
     def _floors(self, threads: int, found: Sequence[report.RowFigures], measured: Measured) -> dict[str, Any]:
         plans = {row.name: row for row in self.model.rows}
         by_name = {one.system: one for one in found if one.system in plans}
-        held = {}
-        for name in by_name:
-            stored = self.model.stored_as(plans[name])
-            held[name] = {
-                role: floor.narrowed(size, stored, plans[name].precision)
-                for role, size in floor.by_stage(self.weights[stored]).items()
-            }
+        held = {name: self._held(plans[name]) for name in by_name}
         devices = {name: CUDA if plans[name].on_gpu else CPU for name in by_name}
         rates: dict[str, Rates] = {}
         for device in dict.fromkeys(devices.values()):
@@ -244,6 +238,14 @@ class _Measurement:
             print("", *floor.table(name, stages, one.end_to_end.p50), sep="\n")
             told[name] = floor.to_json(stages, one.end_to_end.p50)
         return told
+
+    def _held(self, row: RowPlan) -> dict[str, float]:
+        """Bytes of weights by stage, as the engine of ``row`` holds them."""
+        stored, manifest = self.model.stored_as(row), self.model.manifest
+        if stored != row.precision and "fp32" in manifest.precisions:
+            stored = "fp32"  # the engine casts: its weights are best counted from those that are whole
+        sizes = floor.by_stage(card.weights(manifest, stored))
+        return {stage: floor.scaled(size, stored, row.precision) for stage, size in sizes.items()}
 
     def _timeline(self, path: Path, name: str, threads: int, measured: Measured) -> None:
         traces = measured.traces[name]

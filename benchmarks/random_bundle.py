@@ -8,6 +8,7 @@ is about as long as with the published one; the embedding table and the logits h
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def parse(spec: str) -> tuple[str, str]:
 
 
 def _spelled(model: str) -> str:
-    """ "qwen2_5_vl-3B" as "qwen2.5-vl-3b"."""
+    """A model as the command line spells it: qwen2.5-vl-3b for qwen2_5_vl-3B."""
     return model.replace("2_5", "2.5").replace("_", "-").lower()
 
 
@@ -79,7 +80,7 @@ def build(
     """
     mllm, segmenter = parse(spec)
     name = f"{spec.strip().lower()}{'' if layers is None else f'-{layers}-layers'}"
-    root = folder / name.replace("+", "-")
+    root = folder.resolve() / name.replace("+", "-")
     checkpoint, bundle = root / "checkpoint", root / "bundle"
     depth = "published depth" if layers is None else f"reduced to {layers} layers of decoder and vision tower"
     made = RandomModel(spec, checkpoint, bundle, f"random weights, {depth}; answers of fixed lengths")
@@ -129,7 +130,14 @@ def _compose(
 def _write_tokenizer(folder: Path, examples: Sequence[Example]) -> None:
     """tokenizer.json, and its ids of the image's tokens in config.json."""
     from ppcr.model.tokenizer import train_tokenizer
-    from ppcr.prompts import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+    from ppcr.prompts import (
+        IMAGE_PAD,
+        LOCATION_BINS,
+        SPECIAL_TOKENS,
+        VIDEO_PAD,
+        VISION_END,
+        VISION_START,
+    )
     from ppcr.zero_shot import ZeroShotTexts
 
     path = folder / "config.json"
@@ -139,8 +147,9 @@ def _write_tokenizer(folder: Path, examples: Sequence[Example]) -> None:
     asked = [
         text for example in examples for one in example.expressions for text in (one.text, one.semantic.text)
     ]
-    size = min(_VOCABULARY, config.get("vocab_size", _VOCABULARY))
-    tokenizer = train_tokenizer([*fixed * 50, *asked], text_vocabulary=size)
+    # Special and location tokens come on top.
+    room = config.get("text_config", config)["vocab_size"] - len(SPECIAL_TOKENS) - LOCATION_BINS
+    tokenizer = train_tokenizer([*fixed * 50, *asked], text_vocabulary=min(_VOCABULARY, room))
     tokenizer.save(str(folder / "tokenizer.json"))
     ids = {
         "image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD,
@@ -177,8 +186,6 @@ def _sam2_tiny(text_dim: int, work: Path) -> SamSegmenter:
 
 def _from_public(kind: Any, config: Any, text_dim: int, work: Path) -> SamSegmenter:
     """A public segmenter, drawn at random, written as its package writes it and read as compose reads it."""
-    import shutil
-
     import torch
 
     from ppcr.compose import read_segmenter

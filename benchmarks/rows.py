@@ -6,34 +6,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppcr.errors import PPCRError, UsageError
+from ppcr.errors import EngineError, PPCRError, UsageError
 from ppcr.manifest import Manifest
 from runtime import selection
 from runtime.bundle import AUTO
+from runtime.cuda_driver import first_gpu
+from runtime.engine_checks import OWN_PRECISIONS
 from runtime.session import BACKENDS
 
 DEFAULT, ALL = "onnxruntime", "all"
-ON_GPU = frozenset({"tensorrt", "tensorrt_llm", "torch", "onnxruntime_cuda"})
-"""Engines that compute on a GPU: plain torch then does so too, and floors are the GPU's."""
-# What an engine computes in beside the precisions of the bundle's graphs.
-_BESIDE = {"openvino": ("bf16",)}
+# Engines that compute on a GPU where there is one: plain torch then does so too, and floors are the GPU's.
+_GPU_ENGINES = frozenset({"tensorrt", "tensorrt_llm", "torch"})
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One engine at one precision."""
+    """One engine at one precision, and whether it computes on a GPU."""
 
     engine: str
     precision: str
+    on_gpu: bool = False
 
     @property
     def name(self) -> str:
         """The row's: its precision, and the engine where that is not the usual one."""
         return self.precision if self.engine == DEFAULT else f"{self.engine} {self.precision}"
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.engine in ON_GPU
 
 
 def engines_named(given: str) -> list[str]:
@@ -72,7 +69,7 @@ def plan(
     refused: dict[str, PPCRError] = {}
     run: set[str] = set()
     for engine in engines:
-        for precision in precisions or [*manifest.precisions, *_beside(engine, manifest)]:
+        for precision in precisions or _precisions_of(engine, manifest):
             try:
                 found = selection.choose(bundle, engine, precision=precision, checkpoint=checkpoint)
             except PPCRError as error:
@@ -80,15 +77,24 @@ def plan(
                 left_out[RowPlan(engine, precision).name] = str(error)
                 continue
             run.add(precision)
-            rows.append(RowPlan(found.name, found.precision))
+            on_gpu = found.name in _GPU_ENGINES and _has_gpu()
+            rows.append(RowPlan(found.name, found.precision, on_gpu))
     for precision, error in refused.items():
         if not rows or (precisions and precision not in run):
             raise error
     return list(dict.fromkeys(rows)), left_out
 
 
-def _beside(engine: str, manifest: Manifest) -> tuple[str, ...]:
+def _precisions_of(engine: str, manifest: Manifest) -> Sequence[str]:
+    own = OWN_PRECISIONS.get(engine, ())
     if engine == "tensorrt":
-        return tuple(dict.fromkeys(entry.precision for entry in manifest.engines))
-    beside = _BESIDE.get(engine, ())
-    return tuple(name for name in beside if "fp32" in manifest.precisions)
+        return list(dict.fromkeys(entry.precision for entry in manifest.engines)) or [AUTO]
+    return own if engine == "torch" else [*manifest.precisions, *own]
+
+
+def _has_gpu() -> bool:
+    try:
+        first_gpu()
+    except EngineError:
+        return False
+    return True

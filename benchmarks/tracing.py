@@ -26,7 +26,6 @@ from runtime.session import (
     MLLMSession,
     Prompts,
     SegmenterSession,
-    Sessions,
     TurnContext,
 )
 
@@ -189,10 +188,11 @@ def trace(pipeline: Pipeline, image: npt.NDArray[np.uint8], expression: str) -> 
     """Answer ``expression`` about ``image`` on the sessions of ``pipeline``, taking notes."""
     recorder = Recorder()
     sessions = pipeline.sessions
-    noted = Sessions(
-        RecordedMLLM(sessions.mllm, recorder, pipeline.bundle.tokenizer.between_stages),
-        RecordedSegmenter(sessions.segmenter, recorder),
-        sessions.precision,
+    request = pipeline.bundle.tokenizer.between_stages
+    noted = replace(
+        sessions,
+        mllm=RecordedMLLM(sessions.mllm, recorder, request),
+        segmenter=RecordedSegmenter(sessions.segmenter, recorder),
     )
     shadow = Pipeline(pipeline.bundle, noted, threads=pipeline.threads, engine=str(pipeline.engine["engine"]))
     if pipeline.background is None:

@@ -34,10 +34,10 @@ class Row:
     task: Task
     loaded_s: float
     torch_loaded: bool
-    engine: dict[str, Any] = field(default_factory=dict)
     peak_memory_mb: float = 0.0
     first: list[tuple[tuple[int, int], Run]] = field(default_factory=list)
     second: list[tuple[tuple[int, int], Run]] = field(default_factory=list)
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 class Worker:
@@ -68,7 +68,7 @@ class Worker:
     def loaded(self) -> Row:
         """Wait until the system is loaded. Raises what the worker raised."""
         told = self._read()
-        return Row(self.task, told["loaded_s"], told["torch_loaded"], told["engine"])
+        return Row(self.task, told["loaded_s"], told["torch_loaded"], engine=told["engine"])
 
     def ask(self, image: int, order: Sequence[int]) -> tuple[list[Run], float]:
         """Open an image and segment its expressions in ``order``; the runs, and peak memory in MiB so far."""

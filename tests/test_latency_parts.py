@@ -152,7 +152,7 @@ def test_floors_are_the_longer_of_reading_and_computing() -> None:
     assert told["end_to_end_ratio"] == pytest.approx(0.0656 / (0.01 + 0.0128 + 0.01), rel=1e-3)
     lines = floor.table("fp32", found, 0.0656)
     assert lines[-1].split()[-4] == "2.0x" and len(lines) == 6
-    assert floor.narrowed(100, "fp32", "bf16") == 50 and floor.narrowed(100, "int8", "fp32") == 100
+    assert floor.scaled(100, "fp32", "bf16") == 50 and floor.scaled(100, "int8", "fp16") == 200
 
 
 def test_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +216,8 @@ def test_rows_are_what_can_be_tried(random_held: Bundle) -> None:
         rows.plan(folder, manifest, ["onnxruntime"], ["fp32", "int3"])
     with pytest.raises(EngineError, match="tensorrt"):
         rows.plan(folder, manifest, ["tensorrt"], ["fp32"])
+    torch_rows = rows.plan(folder, manifest, ["torch"], None, checkpoint=factory.random_checkpoint())[0]
+    assert {row.precision for row in torch_rows} == {"bf16", "fp16", "fp32"}
     assert rows.engines_named("all")[-1] == "onnxruntime" and rows.engines_named("auto") == ["auto"]
     with pytest.raises(UsageError, match="unknown engine 'x'"):
         rows.engines_named("onnxruntime,x")
@@ -227,7 +229,7 @@ def a_row(task: Task, seconds: list[float]) -> Row:
     """Images of as many runs as there are ``seconds``, twice."""
     mask = masks.encode_rle(np.ones((2, 2), np.bool_))
     runs = [Run(taken, taken, {"semantic": taken}, {}, 9, 7, 0.5, mask) for taken in seconds]
-    row = Row(task, 0.1, False, {"engine": "fake", "precision": "fp32"}, 50.0)
+    row = Row(task, 0.1, False, 50.0, engine={"engine": "fake", "precision": "fp32"})
     for image in (0, 1):
         row.first.append(((image, 0), runs[0]))
         row.second += [((image, place), run) for place, run in enumerate(runs[1:], 1)]
@@ -264,7 +266,7 @@ def test_the_waterfall_lists_every_step(tmp_path: Path) -> None:
 
 
 def test_on_a_gpu_the_whole_waterfall_is_there(tmp_path: Path) -> None:
-    plans = [RowPlan("tensorrt", "fp16")]
+    plans = [RowPlan("tensorrt", "fp16", on_gpu=True)]
     listed = waterfall.steps(tmp_path, tmp_path, plans, tmp_path, 4, fixed=True)
     assert all(step.task is not None for step in listed)
     assert {step.task.device for step in listed if step.task} == {"cuda"}
