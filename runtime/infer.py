@@ -148,7 +148,8 @@ def table(result: Result) -> str:
 
 def _engine(facts: EngineFacts) -> str:
     verdict = "ungated" if facts["parity"] == "ungated" else f"parity gate {facts['parity']}"
-    return f"{facts['engine']} {facts['precision']}, {verdict}, {facts['threads']} threads"
+    where = "" if facts["device"] == "cpu" else f" on {facts['device']}"
+    return f"{facts['engine']} {facts['precision']}{where}, {verdict}, {facts['threads']} threads"
 
 
 def _shown(text: str) -> str:

@@ -58,6 +58,7 @@ class Pipeline:
             "bundle": bundle.manifest.name,
             "precision": sessions.precision or bundle.precision,
             "engine": engine,
+            "device": sessions.device,
             "threads": threads,
             "parity": parity,
             "passed_over": list(passed_over),

@@ -47,8 +47,8 @@ class Result:
         timings: seconds per stage (``runtime.timing.STAGES``) and "total".
         costs: of the MLLM.
         given: which stages were given instead of computed: "semantic", "boxes".
-        engine: bundle, precision, engine and threads that were used; the engine's parity verdict, and why
-            faster engines were passed over, a line each.
+        engine: bundle, precision, engine, device and threads that were used; the engine's parity verdict;
+            and why faster engines were passed over, a line each.
     """
 
     expression: str

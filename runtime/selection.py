@@ -15,14 +15,14 @@ from typing import Any
 from ppcr.errors import EngineError, PPCRError, UsageError
 from ppcr.manifest import Manifest, parity_key
 from runtime.bundle import AUTO, Bundle
-from runtime.engine_checks import CHECKS, engine_precision, graph_precision
+from runtime.engine_checks import CHECKS, Asked, engine_precision, gate_name, graph_precision
 from runtime.session import BACKENDS, Sessions, load_sessions
 
-ENGINES: tuple[str, ...] = ("tensorrt", "openvino", "onnxruntime")
+ENGINES: tuple[str, ...] = ("tensorrt", "torch", "openvino", "onnxruntime")
 """What "auto" tries, fastest first. An engine of `BACKENDS` beyond these is used when it is named."""
 PASSED, FAILED, UNGATED = "passed", "failed", "ungated"
 # Engines that are told the precision apart from the graphs'.
-_TOLD_PRECISION = ("tensorrt", "openvino")
+_TOLD_PRECISION = ("tensorrt", "torch", "openvino")
 
 AnyBundle = Bundle | str | os.PathLike[str]
 
@@ -70,9 +70,8 @@ def available(bundle: AnyBundle, *, precision: str = AUTO, checkpoint: Path | No
     Raises:
         BundleError: there is no readable bundle.
     """
-    manifest = _manifest(bundle)
-    found = [_examine(name, manifest, precision, checkpoint) for name in ENGINES]
-    return [_held_to_the_gate(candidate, manifest) for candidate in found]
+    asked = Asked(_manifest(bundle), precision, checkpoint)
+    return [_held_to_the_gate(_examine(name, asked), asked.manifest) for name in ENGINES]
 
 
 def choose(
@@ -112,7 +111,7 @@ def load(
             passed_over.append(str(candidate))
             continue
         try:
-            bundle, sessions = _start(folder, candidate, threads, checkpoint)
+            bundle, sessions = _start(folder, candidate, threads, checkpoint, wanted != AUTO)
         except PPCRError as error:
             if candidate is last:
                 raise
@@ -131,27 +130,24 @@ def _candidates(bundle: AnyBundle, wanted: str, precision: str, checkpoint: Path
     if wanted != AUTO:
         if wanted not in BACKENDS:
             raise UsageError(f"unknown engine {wanted!r}; the engines are: {', '.join((AUTO, *BACKENDS))}")
-        candidate = _examine(wanted, _manifest(bundle), precision, checkpoint, named=True)
-        return [candidate]
+        return [_examine(wanted, Asked(_manifest(bundle), precision, checkpoint, named=True))]
     found = available(bundle, precision=precision, checkpoint=checkpoint)
     if not any(candidate.usable for candidate in found):
         raise EngineError(f"no engine can run this bundle here: {'; '.join(map(str, found))}")
     return found
 
 
-def _examine(
-    name: str, manifest: Manifest, precision: str, checkpoint: Path | None, *, named: bool = False
-) -> Candidate:
-    """What there is to say of one engine; where it was ``named``, what speaks against it is raised."""
+def _examine(name: str, asked: Asked) -> Candidate:
+    """What there is to say of one engine; where it was named, what speaks against it is raised."""
     try:
         if name in CHECKS:
-            CHECKS[name](manifest, checkpoint)
-        computed = engine_precision(name, manifest, precision)
+            CHECKS[name](asked)
+        computed = engine_precision(name, asked)
     except PPCRError as error:
-        if named:
+        if asked.named:
             raise type(error)(f"engine {name!r} cannot be used here: {error}") from None
         return Candidate(name, False, str(error))
-    parity = manifest.parity.get(parity_key(name, computed))
+    parity = asked.manifest.parity.get(parity_key(gate_name(name), computed))
     gate = UNGATED if parity is None else PASSED if parity.passed else FAILED
     return Candidate(name, True, precision=computed, gate=gate)
 
@@ -165,13 +161,16 @@ def _held_to_the_gate(candidate: Candidate, manifest: Manifest) -> Candidate:
 
 
 def _start(
-    folder: str | os.PathLike[str], candidate: Candidate, threads: int, checkpoint: Path | None
+    folder: str | os.PathLike[str], candidate: Candidate, threads: int, checkpoint: Path | None, named: bool
 ) -> tuple[Bundle, Sessions]:
     manifest = Manifest.load(Path(folder))
     bundle = Bundle.load(folder, precision=graph_precision(candidate.name, manifest, candidate.precision))
     options: dict[str, Any] = {}
     if candidate.name in _TOLD_PRECISION:
         options["precision"] = candidate.precision
+    if candidate.name == "torch":
+        # Named, it may run on the CPU; as the fastest engine of a machine it must not.
+        options.update(checkpoint=checkpoint, device=None if named else "cuda")
     return bundle, load_sessions(candidate.name, bundle, threads=threads, **options)
 
 

@@ -132,17 +132,20 @@ class Sessions:
 
     Attributes:
         precision: what the engine computes in; "": that of the bundle's graphs.
+        device: where: "cpu" or "cuda".
     """
 
     mllm: MLLMSession
     segmenter: SegmenterSession
     precision: str = ""
+    device: str = "cpu"
 
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.onnxruntime_session",
     "openvino": "runtime.openvino_session",
     "tensorrt": "runtime.tensorrt_session",
+    "torch": "runtime.torch_session",
     "tensorrt_llm": "runtime.tensorrt_llm_session",
 }
 """Engine name -> module with ``load(bundle, *, threads) -> Sessions``; some take options besides."""

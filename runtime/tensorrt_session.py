@@ -56,7 +56,7 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     segmenter = TensorRTSegmenter(engines["image_encoder"], engines["mask_decoder"])
     for engine in engines.values():
         engine.save_kernels()
-    return Sessions(mllm, segmenter, precision=entries["decoder"].precision)
+    return Sessions(mllm, segmenter, precision=entries["decoder"].precision, device="cuda")
 
 
 class TensorRTMLLM:

@@ -61,8 +61,8 @@ def figures(passed: bool) -> Parity:
 
 def started_with(name: str, monkeypatch: pytest.MonkeyPatch, load: Callable[..., Any]) -> None:
     """Have the engine ``name`` looked at as usable, and started by ``load``."""
-    monkeypatch.setitem(selection.CHECKS, name, lambda manifest, checkpoint: None)
-    monkeypatch.setattr(selection, "engine_precision", lambda n, manifest, wanted: "fp32")
+    monkeypatch.setitem(selection.CHECKS, name, lambda asked: None)
+    monkeypatch.setattr(selection, "engine_precision", lambda n, asked: "fp32")
     real = selection.load_sessions
 
     def loaded(backend: str, bundle: Bundle, **options: Any) -> Sessions:
@@ -94,7 +94,7 @@ def test_auto_takes_the_first_usable_one(monkeypatch: pytest.MonkeyPatch) -> Non
     installed(monkeypatch, openvino=False)
     assert selection.choose(factory.random_bundle()).name == LAST
     reason = {c.name: c.reason for c in selection.available(factory.random_bundle())}["openvino"]
-    assert reason == "it is not installed: pip install '.[openvino]'"
+    assert reason == "openvino not installed: pip install '.[openvino]'"
 
 
 def test_gates_are_read_by_engine_and_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,14 +139,14 @@ def test_named_engines_that_cannot_run_are_one_error() -> None:
 
 def test_where_nothing_can_run_every_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, openvino=False, onnxruntime=False)
-    with pytest.raises(EngineError, match="no NVIDIA driver; .*openvino.*; onnxruntime: it is not installed"):
+    with pytest.raises(EngineError, match="no NVIDIA driver; .*openvino.*; onnxruntime: .* not"):
         selection.choose(factory.random_bundle())
 
 
 def test_a_gpu_without_engines_says_how_to_build_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_checks, "first_gpu", lambda: cuda_driver.Gpu("sm_89", 12080))
     installed(monkeypatch, tensorrt=False, tensorrt_rtx=False)
-    assert reason_of("tensorrt") == "neither tensorrt nor tensorrt_rtx is installed"
+    assert reason_of("tensorrt") == "tensorrt and tensorrt_rtx not installed: pip install '.[tensorrt]'"
     installed(monkeypatch, tensorrt=True, tensorrt_rtx=False)
     assert "no engines for sm_89" in reason_of("tensorrt") and "--target sm_89" in reason_of("tensorrt")
 

@@ -1,0 +1,317 @@
+"""torch on a GPU, or on the CPU: static KV cache, the decoding step a CUDA graph, our own Triton kernels.
+
+It reads the checkpoint that the bundle was made from, whose hash the manifest has: a bundle holds graphs, and
+torch needs modules. Tokenizer, preprocessing and sizes are the bundle's. The vision tower is the stock one,
+the decoder `runtime.torch_decoder`, the segmenter `ppcr.model`'s, which runs the kernels of ``kernels/`` on a
+GPU. Executed on the CPU, where tests hold it to the reference; the CUDA graph is built, but not executed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ppcr.checkpoint import Checkpoint
+from ppcr.errors import CheckpointError, EngineError
+from ppcr.manifest import Manifest
+from ppcr.model.checkpoint import load_mllm
+from ppcr.model.prompt_encoder import Prompts as TensorPrompts
+from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
+from runtime.bundle import AUTO, Bundle
+from runtime.engine_checks import find_checkpoint
+from runtime.positions import make_tables
+from runtime.session import Float32Array, Prompts, Sessions
+from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
+from runtime.torch_device import DTYPES, at_work, choose_device, require_room
+
+MASK_PIXELS = 1 << 22
+"""Pixels of mask logits drawn at once: 64 masks of SAM's."""
+
+
+def load(
+    bundle: Bundle,
+    *,
+    threads: int,
+    checkpoint: Path | None = None,
+    precision: str = AUTO,
+    device: str | None = None,
+) -> Sessions:
+    """Both sessions of a bundle from the weights of its checkpoint.
+
+    Args:
+        threads: processors to use where the device is the CPU.
+        checkpoint: that the bundle was made from; default: the shipped one, where it is that.
+        precision: of `DTYPES`; "auto": fp32.
+        device: as torch names them; default: the GPU where there is one, else the CPU.
+
+    Raises:
+        EngineError: the device is not there, or has no room. CheckpointError: another or a broken checkpoint.
+    """
+    where = choose_device(device)
+    name = "fp32" if precision == AUTO else precision
+    if name not in DTYPES:
+        raise EngineError(
+            f"torch computes in {', '.join(DTYPES)}, not in {name}: choose one with --precision"
+        )
+    if where.type == "cpu":
+        torch.set_num_threads(threads)
+    source = _open(bundle.manifest, checkpoint)
+    require_room(_bytes_needed(source, bundle, DTYPES[name]), name, where)
+    return _load(bundle, source, name, where)
+
+
+@at_work
+def _load(bundle: Bundle, source: Checkpoint, precision: str, device: torch.device) -> Sessions:
+    dtype = DTYPES[precision]
+    with _quiet():
+        model = load_mllm(source.mllm)
+    model = model.to(device, dtype)
+    try:
+        segmenter = load_segmenter(source.segmenter).to(device)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read {source.segmenter}: {error}") from None
+    sessions = TorchMLLM(model, bundle), TorchSegmenter(segmenter, dtype)
+    return Sessions(*sessions, precision=precision, device=device.type)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers without its bar while it reads weights."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _open(manifest: Manifest, given: Path | None) -> Checkpoint:
+    checkpoint = Checkpoint.open(find_checkpoint(manifest, given))
+    if checkpoint.source_hash() != manifest.source:
+        raise CheckpointError(
+            f"{checkpoint.root} is not the checkpoint that this bundle was made from: give that one, or "
+            f"build again: python export/build_engines.py --force --checkpoint {checkpoint.root}"
+        )
+    return checkpoint
+
+
+def _bytes_needed(source: Checkpoint, bundle: Bundle, dtype: torch.dtype) -> int:
+    """Of weights and of one cache; what a run needs besides is small."""
+    tensors, shapes = (source.mllm_tensors, source.segmenter_tensors), bundle.manifest.shapes
+    numbers = sum(int(np.prod(files.shape(name))) for files in tensors for name in files)
+    cache = 2 * shapes.layers * shapes.kv_heads * shapes.max_length * shapes.head_dim
+    return (numbers + cache) * dtype.itemsize
+
+
+class TorchMLLM:
+    """`runtime.session.MLLMSession`. Threads may share it; their blocks run one after the other."""
+
+    def __init__(self, model: Any, bundle: Bundle) -> None:
+        self._config, self._shapes = bundle.config.mllm, bundle.manifest.shapes
+        self._image_token = bundle.tokenizer.image_token
+        self._image_start, self._rotary = len(bundle.tokenizer.before_image), bundle.rotary
+        self._visual = model.model.visual
+        self._decoder = TorchDecoder(model, self._shapes)
+        self._like = self._decoder.table[:0]
+        self._lock = threading.Lock()
+        self._tables: dict[tuple[int, int], DeviceTables] = {}
+        self._free: list[TorchSlot] = []
+        self._prefixes: dict[tuple[int, ...], Tensor] = {}
+        # The first conversation finds its cache made and its step captured.
+        self._free.append(self._slot(self._config.image_size))
+
+    @at_work
+    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Tensor:
+        """Patches f32 [patches, patch_dim] to features f[1 + levels, image_tokens, hidden] on the device."""
+        height, width = size or self._config.image_size
+        patch = self._config.patch
+        grid = torch.tensor([[1, height // patch, width // patch]], device=self._like.device)
+        with self._lock:
+            seen = self._visual(torch.from_numpy(patches).to(self._like), grid_thw=grid)
+        return torch.stack(_features(seen))
+
+    @at_work
+    def open(
+        self,
+        max_length: int | None = None,
+        *,
+        prefix: Sequence[int] = (),
+        size: tuple[int, int] | None = None,
+    ) -> TorchContext:
+        """A conversation that begins with ``prefix``, computed the first time and copied from then on.
+
+        Its cache is that of a conversation that ended, or a new one.
+        """
+        most = self._shapes.max_length
+        if max_length is not None and not 0 < max_length <= most:
+            raise ValueError(f"a context of {max_length} tokens: this bundle's cache holds 1 to {most}")
+        size, key = size or self._config.image_size, tuple(prefix)
+        with self._lock:
+            tables = self._tables_of(size)
+            fitting = [slot for slot in self._free if slot.tables is tables]
+            slot = fitting[-1] if fitting else self._slot(size)
+            if fitting:
+                self._free.remove(slot)
+            context = TorchContext(self, slot)
+            if not key:
+                return context
+            # Positions of the text before an image do not depend on the image's size.
+            if key in self._prefixes:
+                slot.restore(self._prefixes[key])
+            else:
+                slot.block(self._ids(key), 0, None, None)
+                self._prefixes = {key: slot.snapshot(len(key))}
+            context.begin(len(key))
+        return context
+
+    @at_work
+    def run(
+        self, slot: TorchSlot, token_ids: Sequence[int], start: int, features: Tensor | None
+    ) -> Float32Array:
+        """One block of a conversation; logits f32 [vocabulary] after it."""
+        if len(token_ids) == 1 and features is None and token_ids[0] != self._image_token:
+            with self._lock:
+                return _array(slot.step(token_ids[0], start))
+        places = [index for index, token in enumerate(token_ids) if token == self._image_token]
+        held = 0 if features is None else features.shape[1]
+        if len(places) != held:
+            raise ValueError(f"{len(places)} image tokens, but features of {held}")
+        with self._lock:
+            ids = self._ids(token_ids)
+            return _array(slot.block(ids, start, self._ids(places) if places else None, features))
+
+    def release(self, slot: TorchSlot) -> None:
+        """A conversation ended: the next may have its cache."""
+        self._free.append(slot)
+
+    def _ids(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(list(numbers), dtype=torch.int64, device=self._like.device)
+
+    def _slot(self, size: tuple[int, int]) -> TorchSlot:
+        return TorchSlot(self._decoder, self._tables_of(size), graph=self._like.is_cuda)
+
+    def _tables_of(self, size: tuple[int, int]) -> DeviceTables:
+        if size not in self._tables:
+            grid = self._config.grid_of(size)
+            tables = make_tables(self._shapes.max_length, self._image_start, grid, self._rotary)
+            self._tables[size] = DeviceTables.of(tables, self._like)
+        return self._tables[size]
+
+
+def _features(seen: Any) -> list[Tensor]:
+    """Features of one image and of DeepStack's levels, as transformers 5 (named) and 4.57 answer."""
+    if hasattr(seen, "pooler_output"):
+        return [seen.pooler_output, *(getattr(seen, "deepstack_features", None) or [])]
+    return [seen] if isinstance(seen, Tensor) else [seen[0], *seen[1]]
+
+
+def _array(logits: Tensor) -> Float32Array:
+    found: Float32Array = logits.numpy()
+    return found
+
+
+class TorchContext:
+    """`runtime.session.Context` on a slot, which goes back when the conversation is forgotten."""
+
+    def __init__(self, session: TorchMLLM, slot: TorchSlot) -> None:
+        self._session, self._slot, self._length = session, slot, 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the cache can hold."""
+        return self._slot.capacity
+
+    def begin(self, length: int) -> None:
+        """The slot's cache holds ``length`` tokens already."""
+        self._length = length
+
+    def extend(self, token_ids: Sequence[int], features: Tensor | None = None) -> Float32Array:
+        """Run a block; logits f32 [vocabulary] after its last token, overwritten by the next call."""
+        count, start = len(token_ids), self._length
+        if not 0 < count <= self.capacity - start:
+            raise ValueError(f"{count} tokens do not fit after {start} of a context of {self.capacity}")
+        logits = self._session.run(self._slot, token_ids, start, features)
+        self._length = start + count
+        return logits
+
+    def truncate(self, length: int) -> None:
+        """Forget everything from position ``length`` on: the cache's rows are simply written again."""
+        if not 0 <= length <= self._length:
+            raise ValueError(f"cannot truncate a context of {self._length} tokens to {length}")
+        self._length = length
+
+    def __del__(self) -> None:
+        self._session.release(self._slot)
+
+
+class TorchSegmenter:
+    """`runtime.session.SegmenterSession`. Threads may share it.
+
+    Boxes, points and text are read in float32 always: a half-precision corner would be pixels off. On a GPU
+    it works on a stream of its own, beside the decoding steps.
+    """
+
+    def __init__(self, segmenter: AnySegmenter, dtype: torch.dtype) -> None:
+        self._segmenter, self._dtype = segmenter.eval(), dtype
+        for part in (segmenter.image_encoder, segmenter.mask_decoder):
+            part.to(dtype)
+        self._device = next(segmenter.parameters()).device
+        self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None
+        self._most = max(1, MASK_PIXELS // segmenter.config.mask_size**2)
+
+    @at_work
+    def encode(self, pixels: Float32Array) -> AnyFeatures:
+        """Pixels f32 [3, H, W] to the features of one image on the device."""
+        with self._at_work():
+            features: AnyFeatures = self._segmenter.encode(
+                torch.from_numpy(pixels)[None].to(self._device, self._dtype)
+            )
+            self._wait()
+        return features
+
+    @at_work
+    def decode(self, features: AnyFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
+        """Mask logits f32 [N, h, w] and scores f32 [N]."""
+        parts = []
+        with self._at_work():
+            for first in range(0, len(prompts.boxes), self._most):
+                rows = slice(first, first + self._most)
+                given = (self._tensor(part[rows]) for part in vars(prompts).values())
+                logits, scores = self._draw(features, TensorPrompts(*given))
+                parts.append((logits.float().cpu().numpy(), scores.float().cpu().numpy()))
+        masks, all_scores = zip(*parts, strict=True)
+        return np.concatenate(masks), np.concatenate(all_scores)
+
+    def _draw(self, features: AnyFeatures, prompts: TensorPrompts) -> tuple[Tensor, Tensor]:
+        """As the segmenter's own `decode_batch`, with what it read of the prompts brought to one type."""
+        encoder: Any = self._segmenter.prompt_encoder
+        encoded = encoder(prompts)
+        encoded = type(encoded)(*(part.to(self._dtype) for part in encoded))
+        positions = encoder.cell_positions.to(self._dtype)
+        masks, scores = self._segmenter.mask_decoder(features, encoded, positions)
+        return masks.squeeze(0), scores.squeeze(0)
+
+    def _tensor(self, values: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values))[None].to(self._device)
+
+    def _at_work(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
