@@ -34,7 +34,7 @@ class RowPlan:
 
 
 def engines_named(given: str) -> list[str]:
-    """The engines of ``--engine``: names separated by commas, "auto", or "all" for those of auto's list.
+    """What ``--engine`` says: names separated by commas, "auto" and "all" among them.
 
     Raises:
         UsageError: one is not known, or there is none.
@@ -45,7 +45,7 @@ def engines_named(given: str) -> list[str]:
     if unknown or not names:
         told = f"unknown engine {unknown[0]!r}" if unknown else "--engine takes names separated by commas"
         raise UsageError(f"{told}; the engines are: {', '.join(known)}")
-    return [one for name in names for one in (selection.ENGINES if name == ALL else (name,))]
+    return names
 
 
 def plan(
@@ -58,17 +58,21 @@ def plan(
 ) -> tuple[list[RowPlan], dict[str, str]]:
     """The rows that can be tried, and by name why others cannot.
 
+    engines: as `engines_named` gives them; "all" are those that "auto" would try on this machine.
     precisions: of every engine; None: those the bundle holds, and those an engine has beside them.
     checkpoint: what the bundle was made from, for engines that read its weights.
 
     Raises:
         PPCRError: no row is left, or none of a precision that was asked for; says why the first is not.
     """
+    found_here = selection.available(bundle, checkpoint=checkpoint) if ALL in engines else []
+    usable = [candidate.name for candidate in found_here if candidate.usable]
+    named = [one for engine in engines for one in (usable if engine == ALL else [engine])]
     rows: list[RowPlan] = []
-    left_out: dict[str, str] = {}
+    left_out = {candidate.name: candidate.reason for candidate in found_here if not candidate.usable}
     refused: dict[str, PPCRError] = {}
     run: set[str] = set()
-    for engine in engines:
+    for engine in dict.fromkeys(named):
         for precision in precisions or _precisions_of(engine, manifest):
             try:
                 found = selection.choose(bundle, engine, precision=precision, checkpoint=checkpoint)

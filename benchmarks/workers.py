@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.tracing import Trace
 from benchmarks.worker import ANSWER, PLAIN, TRACE, Run, Task
-from ppcr.errors import ERRORS, BundleError, EngineError, PPCRError
+from ppcr.errors import ERRORS, EngineError, PPCRError
 
 _HERE = Path(__file__).resolve().parent
 _PAUSE = 0.02  # for threads that still spin, or encode an image in the background, after an answer
@@ -138,7 +138,7 @@ def measure_rows(
             for worker in [stack.enter_context(Worker(task, folder)) for task in group]:
                 try:
                     pairs.append((worker, worker.loaded()))
-                except (BundleError, EngineError) as error:
+                except PPCRError as error:
                     if not optional:
                         raise
                     refused.append(error)

@@ -42,6 +42,7 @@ from ppcr.model.reference import ReferencePipeline
 from ppcr.tokenizer import PromptTokenizer
 from ppcr.zero_shot import ZeroShotTokenizer
 from runtime.bundle import Bundle
+from runtime.selection import ENGINES
 from tests import factory
 from tests.sam_factory import mobile_sam_config
 from tests.scripted import places, scripted
@@ -218,7 +219,11 @@ def test_rows_are_what_can_be_tried(random_held: Bundle) -> None:
         rows.plan(folder, manifest, ["tensorrt"], ["fp32"])
     torch_rows = rows.plan(folder, manifest, ["torch"], None, checkpoint=factory.random_checkpoint())[0]
     assert {row.precision for row in torch_rows} == {"bf16", "fp16", "fp32"}
-    assert rows.engines_named("all")[-1] == "onnxruntime" and rows.engines_named("auto") == ["auto"]
+    found, left_out = rows.plan(folder, manifest, ["all"], ["fp32"])
+    engines = {row.engine for row in found}
+    assert "onnxruntime" in engines and engines | set(left_out) >= set(ENGINES)
+    assert not engines & set(left_out)
+    assert rows.engines_named("all, auto") == ["all", "auto"]
     with pytest.raises(UsageError, match="unknown engine 'x'"):
         rows.engines_named("onnxruntime,x")
     with pytest.raises(UsageError, match="the engines are"):
