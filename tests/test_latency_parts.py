@@ -152,7 +152,7 @@ def test_floors_are_the_longer_of_reading_and_computing() -> None:
     told = floor.to_json(found, 0.0656)
     assert told["end_to_end_ratio"] == pytest.approx(0.0656 / (0.01 + 0.0128 + 0.01), rel=1e-3)
     lines = floor.table("fp32", found, 0.0656)
-    assert lines[-1].split()[-4] == "2.0x" and len(lines) == 6
+    assert lines[-1].split()[-5] == "2.0x" and len(lines) == 6
     assert floor.scaled(100, "fp32", "bf16") == 50 and floor.scaled(100, "int8", "fp16") == 200
 
 
