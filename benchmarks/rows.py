@@ -83,9 +83,9 @@ def plan(
             run.add(precision)
             on_gpu = found.name in _GPU_ENGINES and _has_gpu()
             rows.append(RowPlan(found.name, found.precision, on_gpu))
-    for precision, error in refused.items():
+    for precision, reason in refused.items():
         if not rows or (precisions and precision not in run):
-            raise error
+            raise reason
     return list(dict.fromkeys(rows)), left_out
 
 

@@ -315,7 +315,10 @@ def test_the_plain_pipeline_in_bfloat16() -> None:
 
 def test_runs_are_saved_as_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
-    runs = [{"system": "fp32, odd", "seconds": 0.5}, {"system": "int8", "seconds": None}]
+    runs: list[dict[str, Any]] = [
+        {"system": "fp32, odd", "seconds": 0.5},
+        {"system": "int8", "seconds": None},
+    ]
     results.save_runs("name", "latency.py", ["--images", "2"], {"cpu": "A Fine CPU"}, runs)
     text = (tmp_path / "results" / "name.csv").read_text()
     notes = [line for line in text.splitlines() if line.startswith("#")]
