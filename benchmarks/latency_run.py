@@ -205,7 +205,7 @@ class _Measurement:
             self.floors[str(threads)] = self._floors(threads, found, measured)
         default = self._present(threads)
         if wanted.timeline is not None and threads == max(wanted.threads):
-            self._timeline(wanted.timeline, default.name, threads, measured)
+            self._timeline(wanted.timeline, default, threads, measured)
         sys.stdout.flush()
 
     def _present(self, threads: int) -> RowPlan:
@@ -247,12 +247,12 @@ class _Measurement:
         sizes = floor.by_stage(card.weights(manifest, stored))
         return {stage: floor.scaled(size, stored, row.precision) for stage, size in sizes.items()}
 
-    def _timeline(self, path: Path, name: str, threads: int, measured: Measured) -> None:
-        traces = measured.traces[name]
+    def _timeline(self, path: Path, row: RowPlan, threads: int, measured: Measured) -> None:
+        traces = measured.traces[row.name]
         # One that found something, where there is one: all stages are in it.
         trace = next((trace for trace in traces if "masks" in trace.wall), traces[0])
-        told = f"{self.model.manifest.name}, {name}, threads: {threads}, one image and one expression"
-        timeline.draw(trace, path, f"{told}: {1e3 * trace.seconds:.1f} ms")
+        what = f"{self.model.manifest.name}, {row.engine} {row.precision}, threads: {threads}"
+        timeline.draw(trace, path, f"{what}; one image, one expression: {1e3 * trace.seconds:.1f} ms")
         share = 100 * timeline.hidden(trace)
         print(f"timeline  {path}: {share:.0f} % of the image encoder's work lies beside the MLLM's")
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.examples import Example
 from benchmarks.random_model import MODELS, write_random
 from benchmarks.workers import failure
+from ppcr.config import PPCRConfig, SegmenterConfig
 from ppcr.errors import BundleError, UsageError
 from ppcr.files import atomic_directory, write_json
 from ppcr.manifest import MANIFEST, Manifest
@@ -113,18 +114,26 @@ def _holds(bundle: Path, precisions: Sequence[str]) -> bool:
 def _compose(
     name: str, mllm: str, segmenter: str, root: Path, examples: Sequence[Example], layers: int | None
 ) -> None:
-    from ppcr.compose import fed_with, hidden_size, spoken_to
-    from ppcr.config import PPCRConfig
+    """A checkpoint as `ppcr.compose` lays it out."""
+    from ppcr.pretrained import spoken_to
 
     folder = root / "mllm"
     folder.mkdir()
-    write_random(mllm, folder, layers=layers, vision_depth=layers)
+    config = write_random(mllm, folder, layers=layers, vision_depth=layers)
     _write_tokenizer(folder, examples)
     speech, convention = spoken_to(folder)
-    made = SEGMENTERS[segmenter](hidden_size(folder), root)
+    made = SEGMENTERS[segmenter](config.get("text_config", config)["hidden_size"], root)
     made.save(root / "segmenter")
-    config = PPCRConfig(name=name, box_convention=convention, mllm=speech, segmenter=fed_with(made))
-    write_json(root / "config.json", config.to_dict())
+    sizes = made.config
+    fed = SegmenterConfig(
+        family=sizes.architecture,
+        image_size=(sizes.image_size, sizes.image_size),
+        mean=sizes.pixel_mean,
+        std=sizes.pixel_std,
+        fit="stretch" if sizes.architecture == "sam2" else "pad",
+    )
+    whole = PPCRConfig(name=name, box_convention=convention, mllm=speech, segmenter=fed)
+    write_json(root / "config.json", whole.to_dict())
 
 
 def _write_tokenizer(folder: Path, examples: Sequence[Example]) -> None:
@@ -185,16 +194,16 @@ def _sam2_tiny(text_dim: int, work: Path) -> SamSegmenter:
 
 
 def _from_public(kind: Any, config: Any, text_dim: int, work: Path) -> SamSegmenter:
-    """A public segmenter, drawn at random, written as its package writes it and read as compose reads it."""
+    """A public segmenter drawn at random, written as its package does and read as public weights are."""
     import torch
 
-    from ppcr.compose import read_segmenter
+    from ppcr.model.sam_import import TextPath, load_transformers
 
     torch.manual_seed(0)
     beside = work / "public"
     kind(config).save_pretrained(beside)
     try:
-        return read_segmenter(beside, text_dim)
+        return load_transformers(beside, TextPath(text_dim=text_dim))
     finally:
         shutil.rmtree(beside)
 

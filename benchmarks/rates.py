@@ -23,7 +23,7 @@ import numpy as np
 CPU, CUDA = "cpu", "cuda"
 SIDE = {CPU: 1024, CUDA: 8192}
 """Rows and columns of the square matrices: large enough for the full rate, small enough for a second."""
-_LEAST_S, _REPEATS = 0.02, 5
+_LEAST_S, _REPEATS = 0.2, 5
 _SMALLEST, _LARGEST = 1 << 20, 1 << 30
 
 

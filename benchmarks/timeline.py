@@ -59,7 +59,7 @@ def draw(trace: Trace, path: Path, title: str) -> None:
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
-    figure, axes = pyplot.subplots(figsize=(11, 3.6))
+    figure, axes = pyplot.subplots(figsize=(11, 3.4))
     for event in trace.events:
         row = STREAMS.index(event.stream)
         left, width = 1e3 * event.start, 1e3 * (event.end - event.start)
@@ -78,19 +78,19 @@ def draw(trace: Trace, path: Path, title: str) -> None:
     seen = {event.stage for event in trace.events}
     patches = [Patch(color=COLOURS[stage], label=_NAMES[stage]) for stage in _NAMES if stage in seen]
     axes.legend(
-        handles=patches, ncol=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+        handles=patches, ncol=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22)
     )
     figure.tight_layout()
     try:
         with atomic_file(path) as part:
-            figure.savefig(part, dpi=150, format=os.path.splitext(path)[1][1:].lower())
+            figure.savefig(part, dpi=150, bbox_inches="tight", format=os.path.splitext(path)[1][1:].lower())
     finally:
         pyplot.close(figure)
 
 
 def _label(axes: Any, event: Event, row: int, left: float, width: float, whole: float) -> None:
     """How many tokens a block read, or what a bar took, where there is room for it."""
-    if width < 0.045 * whole:
+    if width < 0.055 * whole:
         return
     text = f"{event.tokens} tokens\n{width:.1f} ms" if event.tokens > 1 else f"{width:.1f} ms"
     axes.text(left + width / 2, row, text, ha="center", va="center", fontsize=7, color="white")
