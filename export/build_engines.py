@@ -3,7 +3,8 @@
 Writes the graphs at every precision, then holds each to the torch reference on held-out scenes. The bundle is
 built beside its place and renamed into it: an error, or Ctrl-C, leaves nothing. Exit codes: `ppcr.errors`.
 
-With ``--target sm_89`` the bundle (built first where there is none) gets TensorRT engines for that GPU.
+With ``--target sm_89`` the bundle (built first where there is none) gets TensorRT engines for that GPU. With
+``--check-engine openvino`` an engine of the runtime is held to the gate, and the manifest gets its figures.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 from ppcr.boxes import WRITTEN
 from ppcr.checkpoint import SHIPPED, Checkpoint
-from ppcr.errors import BundleError, CommandParser, UsageError, run_cli
+from ppcr.errors import BundleError, CommandParser, ParityError, UsageError, run_cli
 from ppcr.files import atomic_directory
 from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
+from runtime.bundle import AUTO
+from runtime.session import BACKENDS
 from runtime.tensorrt_library import CURRENT, OPTIONS, TARGETS
 
 if TYPE_CHECKING:
@@ -74,6 +77,12 @@ def parser() -> argparse.ArgumentParser:
     for option in OPTIONS:
         out.add_argument(f"--{option}", action="store_true", help=f"with --target: {_HELP[option]}")
     out.add_argument(
+        "--check-engine",
+        choices=tuple(BACKENDS),
+        help="hold this engine, with the bundle that is there, to the parity gate at one --precision "
+        "(default: what the engine would take), and write its figures into the manifest",
+    )
+    out.add_argument(
         "--parity-scenes",
         type=_positive,
         metavar="N",
@@ -101,6 +110,8 @@ def _main(argv: Sequence[str] | None) -> int:
     chosen = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
     if chosen:
         raise UsageError(f"--{chosen[0]} goes with --target (--help shows the options)")
+    if options.check_engine:
+        return _check_engine(options)
     return _bundle(options)
 
 
@@ -140,6 +151,34 @@ def _engines(options: argparse.Namespace) -> int:
         built = add_engines(options.output, target, names[0], options=extras, progress=progress)
     print(engine_table(built))
     print(f"engines: {options.output / 'engines' / target} ({library.title}; built, not executed)")
+    return 0
+
+
+def _check_engine(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from export.engine_parity import check_engine
+    from export.parity import shortfall
+
+    names = options.precision or (AUTO,)
+    if len(names) > 1:
+        raise UsageError("an engine is checked at one precision a time: give --precision one name")
+    pretrained = Checkpoint.open(options.checkpoint).config.box_convention in WRITTEN
+    scenes = options.parity_scenes or (PRETRAINED_SCENES if pretrained else PARITY_SCENES)
+    with tqdm(total=2 * scenes, unit="scene", file=sys.stderr, disable=None) as bar:
+
+        def progress(name: str) -> None:
+            bar.set_description_str(name)
+            bar.update()
+
+        key, parity = check_engine(
+            options.output, options.checkpoint, options.check_engine, names[0], scenes, progress
+        )
+    print("\n".join(parity_table({key: parity})))
+    print(f"in the manifest: {options.output / MANIFEST}")
+    if not parity.passed:
+        told = shortfall(parity, key.split()[-1])
+        raise ParityError(f"{key} disagrees with the torch reference, auto passes it over: {told}")
     return 0
 
 
@@ -185,12 +224,14 @@ def is_current(output: Path, checkpoint: Checkpoint, options: argparse.Namespace
         manifest.verify(output)
     except BundleError:
         return False
+    # Figures of other engines came later, and say nothing of the graphs.
+    built = {name: parity for name, parity in manifest.parity.items() if name in manifest.precisions}
     return (
         manifest.source == checkpoint.source_hash()
         and tuple(manifest.precisions) == options.precision
         and manifest.tools == tools()
-        and all(parity.scenes >= options.parity_scenes for parity in manifest.parity.values())
-        and (options.allow_parity_failure or all(parity.passed for parity in manifest.parity.values()))
+        and all(parity.scenes >= options.parity_scenes for parity in built.values())
+        and (options.allow_parity_failure or all(parity.passed for parity in built.values()))
     )
 
 
@@ -250,13 +291,19 @@ def table(writer: BundleWriter, manifest: Manifest, figures: dict[str, Parity]) 
         seconds = f"{writer.seconds[name]:.1f}" if name in writer.seconds else ""
         lines.append(f"{name:<36}{entry.bytes / 1e6:>8.2f}{seconds:>8}")
     lines.append("")
-    lines.append(f"{'parity':<12}{'scenes':>8}{'tokens':>10}{'mean IoU':>10}{'worst IoU':>11}  gate")
-    for precision, p in figures.items():
+    return "\n".join([*lines, *parity_table(figures)])
+
+
+def parity_table(figures: dict[str, Parity]) -> list[str]:
+    """The gate's figures by precision, or by engine and precision, a line each."""
+    width = max(12, *(len(name) + 2 for name in figures)) if figures else 12
+    lines = [f"{'parity':<{width}}{'scenes':>8}{'tokens':>10}{'mean IoU':>10}{'worst IoU':>11}  gate"]
+    for name, p in figures.items():
         verdict = "passed" if p.passed else "FAILED"
         share = f"{p.identical_tokens:.1%}"
-        row = f"{precision:<12}{p.scenes:>8}{share:>10}{p.mean_iou:>10.4f}{p.worst_iou:>11.4f}  {verdict}"
+        row = f"{name:<{width}}{p.scenes:>8}{share:>10}{p.mean_iou:>10.4f}{p.worst_iou:>11.4f}  {verdict}"
         lines.append(row)
-    return "\n".join(lines)
+    return lines
 
 
 def _precisions(text: str) -> tuple[str, ...]:

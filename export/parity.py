@@ -38,6 +38,8 @@ class Gate:
 GATES = {
     "fp32": Gate(0.99, 0.995),
     "fp16": Gate(0.95, 0.98),
+    "bf16": Gate(0.95, 0.98),
+    "fp8": Gate(0.95, 0.98),
     "int8": Gate(0.97, 0.98),
     "int4": Gate(0.0, 0.8),
 }
@@ -72,14 +74,20 @@ def held_out(count: int) -> Iterator[tuple[npt.NDArray[np.uint8], SceneExample]]
 
 
 def measure(bundle: Path, precision: str, cases: Sequence[Case], progress: Progress) -> Parity:
-    """Run ``cases`` through the runtime at ``precision`` and compare each with its reference."""
-    identical, overlaps = [], []
+    """Run ``cases`` through onnxruntime at ``precision`` and compare each with its reference."""
     with Pipeline.load(bundle, precision=precision, engine="onnxruntime") as pipeline:
-        for case in cases:
-            result = pipeline.open(case.image).segment(case.expression)
-            identical.append(same_tokens(result, case.reference))
-            overlaps.append(masks.iou(result.mask, case.reference.mask))
-            progress(precision)
+        return compare(pipeline, cases, progress)
+
+
+def compare(pipeline: Pipeline, cases: Sequence[Case], progress: Progress) -> Parity:
+    """Run ``cases`` through an engine and compare each with its reference, by the gate of its precision."""
+    identical, overlaps = [], []
+    precision = str(pipeline.engine["precision"])
+    for case in cases:
+        result = pipeline.open(case.image).segment(case.expression)
+        identical.append(same_tokens(result, case.reference))
+        overlaps.append(masks.iou(result.mask, case.reference.mask))
+        progress(precision)
     gate = GATES[precision]
     share, mean = float(np.mean(identical)), float(np.mean(overlaps))
     passed = share >= gate.identical_tokens and mean >= gate.mean_iou
@@ -98,11 +106,15 @@ def require(figures: dict[str, Parity]) -> None:
     failed = {precision: parity for precision, parity in figures.items() if not parity.passed}
     if not failed:
         return
-    told = "; ".join(
-        f"{precision}: {parity.identical_tokens:.1%} identical token sequences "
-        f"(gate {GATES[precision].identical_tokens:.1%}), mean mask IoU {parity.mean_iou:.4f} "
-        f"(gate {GATES[precision].mean_iou})"
-        for precision, parity in failed.items()
-    )
+    told = "; ".join(f"{name}: {shortfall(parity, name)}" for name, parity in failed.items())
     cure = "leave out that precision with --precision, or ship it all the same with --allow-parity-failure"
     raise ParityError(f"the export disagrees with the torch reference, no bundle written. {told}. {cure}")
+
+
+def shortfall(parity: Parity, precision: str) -> str:
+    """Figures beside what the gate of ``precision`` asks for."""
+    gate = GATES[precision]
+    return (
+        f"{parity.identical_tokens:.1%} identical token sequences (gate {gate.identical_tokens:.1%}), "
+        f"mean mask IoU {parity.mean_iou:.4f} (gate {gate.mean_iou})"
+    )

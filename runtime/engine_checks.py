@@ -117,6 +117,22 @@ def _torch(asked: Asked) -> None:
     find_checkpoint(asked.manifest, asked.checkpoint)
 
 
+def _onnxruntime_cuda(asked: Asked) -> None:
+    first_gpu()
+    _onnxruntime(asked)
+    held = [name for name in ("onnxruntime-gpu", "onnxruntime") if _is_distributed(name)]
+    if held == ["onnxruntime"]:
+        raise EngineError("this onnxruntime is the CPU's: install onnxruntime-gpu in its place")
+
+
+def _is_distributed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _openvino(asked: Asked) -> None:
     _require_installed("'.[openvino]'", "openvino")
     _require_plain(asked.manifest)
@@ -129,6 +145,7 @@ def _onnxruntime(asked: Asked) -> None:
 CHECKS: dict[str, Callable[[Asked], None]] = {
     "tensorrt": _tensorrt,
     "torch": _torch,
+    "onnxruntime-cuda": _onnxruntime_cuda,
     "openvino": _openvino,
     "onnxruntime": _onnxruntime,
 }

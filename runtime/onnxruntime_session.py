@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         open_graph(bundle.graphs[role], getattr(plan, role))
         for role in ("vision", "image_encoder", "mask_decoder")
     )
-    mllm = OnnxMLLM(_Towers(vision, bundle, plan.vision), load_decoder(bundle, threads=threads), bundle)
+    mllm = OnnxMLLM(Towers(vision, bundle, plan.vision), load_decoder(bundle, threads=threads), bundle)
     return Sessions(mllm, OnnxSegmenter(encoder, drawer))
 
 
@@ -62,11 +64,14 @@ def _plan(bundle: Bundle, threads: int) -> Threads:
     return share_threads(threads, sum(path.stat().st_size for path in weights))
 
 
-def open_graph(path: Path, threads: int) -> ort.InferenceSession:
-    """A graph on the CPU with ``threads`` threads, as every part of a bundle is opened.
+def open_graph(
+    path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
+    """A graph with ``threads`` threads, as every part of a bundle is opened; by default on the CPU.
 
     Raises:
-        BundleError: it cannot be read. EngineError: this onnxruntime lacks an operator of it.
+        BundleError: it cannot be read. EngineError: this onnxruntime lacks an operator of it, or the device
+            has no room for it.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -78,27 +83,46 @@ def open_graph(path: Path, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if type(error).__name__ == "NotImplemented":
             told = f"onnxruntime {ort.__version__} cannot run {path}: {reason}"
             raise EngineError(f"{told}; upgrade onnxruntime") from error
+        reraise_memory(error)
         raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
 
 
-class _Towers:
+def reraise_memory(error: Exception) -> None:
+    """Raise EngineError, with the size asked for, where ``error`` says that a device has no room left."""
+    told = str(error)
+    asked = re.search(r"requested buffer of size (\d+)", told)
+    if asked is None and "out of memory" not in told.lower():
+        return
+    size = f" ({int(asked[1]) / 1e6:.1f} MB more were asked for)" if asked else ""
+    cure = "close other programs, or use a smaller precision (--precision int8)"
+    raise EngineError(f"out of memory{size}: {cure}") from error
+
+
+class Towers:
     """The vision graphs of a bundle by image size; those beyond the first are opened when they are needed."""
 
-    def __init__(self, first: ort.InferenceSession, bundle: Bundle, threads: int) -> None:
+    def __init__(
+        self,
+        first: ort.InferenceSession,
+        bundle: Bundle,
+        threads: int,
+        providers: Sequence[Any] = ("CPUExecutionProvider",),
+    ) -> None:
         self._opened = {bundle.config.mllm.image_size: first}
-        self._graphs, self._threads = bundle.graphs, threads
+        self._graphs, self._threads, self._providers = bundle.graphs, threads, providers
         self._lock = threading.Lock()
 
     def of(self, size: tuple[int, int]) -> ort.InferenceSession:
         with self._lock:
             if size not in self._opened:
-                self._opened[size] = open_graph(self._graphs[vision_role(size)], self._threads)
+                graph = self._graphs[vision_role(size)]
+                self._opened[size] = open_graph(graph, self._threads, self._providers)
             return self._opened[size]
 
 
@@ -110,7 +134,7 @@ class OnnxMLLM:
 
     def __init__(
         self,
-        towers: _Towers | None,
+        towers: Towers | None,
         decoders: tuple[ort.InferenceSession, ort.InferenceSession],
         bundle: Bundle,
     ) -> None:
@@ -135,7 +159,7 @@ class OnnxMLLM:
         tower = self._towers.of(size or self._config.image_size)
         levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
         found = tower.run(
-            ["image_features", *levels], {"pixel_values": patches.astype(_floats_of(tower), copy=False)}
+            ["image_features", *levels], {"pixel_values": patches.astype(floats_of(tower), copy=False)}
         )
         features = np.asarray(np.stack(found) if levels else found[0], np.float32)
         return features
@@ -204,7 +228,7 @@ class OnnxContext:
         half = shapes.head_dim // 2
         self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
         self._at, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        floats = _floats_of(self._decoder)
+        floats = floats_of(self._decoder)
         self._cos, self._sin = tables.cos.astype(floats, copy=False), tables.sin.astype(floats, copy=False)
         self._embeds = np.zeros((length, shapes.hidden), floats)
         self._levels = np.zeros((shapes.deepstack, length, shapes.hidden), floats)
@@ -224,20 +248,33 @@ class OnnxContext:
             for layer in range(shapes.layers)
             for kind in "kv"
         }
+        self._held = {place: self._value(memory) for place, memory in self._cache.items()}
+        self._answer = self._value(self._logits)
         self._single, self._block = self._bind(self._stepper), self._bind(self._decoder)
-        for name, buffer in self._step.items():
-            self._single.bind_cpu_input(name, buffer)
+        self._fed = {name: self._value(buffer) for name, buffer in self._step.items()}
+        self._fed["write_indices"] = self._value(self._at)
+        for name, value in self._fed.items():
+            self._single.bind_ortvalue_input(name, value)
+        self._block.bind_cpu_input("write_indices", self._at)
         self._block.bind_cpu_input("logits_index", self._last)
+
+    def _value(self, array: npt.NDArray[Any]) -> ort.OrtValue:
+        """``array`` for a binding: here its own memory, so that what is written into it is fed."""
+        return ort.OrtValue.ortvalue_from_numpy(array)
 
     def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
         binding = session.io_binding()
-        for (kind, layer), memory in self._cache.items():
-            value = ort.OrtValue.ortvalue_from_numpy(memory)
+        for (kind, layer), value in self._held.items():
             binding.bind_ortvalue_input(f"{kind}_cache_{layer}", value)
             binding.bind_ortvalue_output(f"{kind}_cache_out_{layer}", value)
-        binding.bind_cpu_input("write_indices", self._at)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        binding.bind_ortvalue_output("logits", self._answer)
         return binding
+
+    def _launch_step(self) -> None:
+        self._stepper.run_with_iobinding(self._single)
+
+    def _launch_block(self) -> None:
+        self._decoder.run_with_iobinding(self._block)
 
     @property
     def length(self) -> int:
@@ -284,7 +321,7 @@ class OnnxContext:
         step["rope_cos"][0, 0] = self._cos[start]
         step["rope_sin"][0, 0] = self._sin[start]
         step["attn_mask"][0, 0, 0] = self._mask[start]
-        self._stepper.run_with_iobinding(self._single)
+        self._launch_step()
 
     def _run_block(self, ids: npt.NDArray[np.int64], start: int, features: Float32Array | None) -> None:
         count, rows = len(ids), slice(start, start + len(ids))
@@ -306,12 +343,33 @@ class OnnxContext:
         for level, values in enumerate(levels):
             binding.bind_cpu_input(f"deepstack_{level}", values[None])
         binding.bind_cpu_input("attn_mask", self._mask[None, None, rows])
-        self._decoder.run_with_iobinding(binding)
+        self._launch_block()
 
 
-def _floats_of(session: ort.InferenceSession) -> Any:
+def floats_of(session: ort.InferenceSession) -> Any:
     """numpy's type of the graph's floating inputs."""
     return np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
+
+
+def on_device(array: npt.NDArray[Any], device: str) -> ort.OrtValue:
+    """``array`` in memory of ``device`` ("cuda", "cpu"); on the CPU its own."""
+    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def graph_options(graph: int) -> ort.RunOptions:
+    """Options of a run that is recorded as the CUDA graph of this number, then replayed; -1: of none."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    return options
+
+
+def require_provider(name: str) -> None:
+    """Raise EngineError unless this onnxruntime has the provider; load libraries from installed wheels."""
+    if name not in ort.get_available_providers():
+        told = f"onnxruntime {ort.__version__} has no {name}"
+        raise EngineError(f"{told}: install onnxruntime-gpu in the place of onnxruntime")
+    with suppress(Exception):  # the libraries may lie elsewhere: the session tells
+        ort.preload_dlls()
 
 
 class OnnxSegmenter:

@@ -18,7 +18,7 @@ from runtime.bundle import AUTO, Bundle
 from runtime.engine_checks import CHECKS, Asked, engine_precision, gate_name, graph_precision
 from runtime.session import BACKENDS, Sessions, load_sessions
 
-ENGINES: tuple[str, ...] = ("tensorrt", "torch", "openvino", "onnxruntime")
+ENGINES: tuple[str, ...] = ("tensorrt", "torch", "onnxruntime-cuda", "openvino", "onnxruntime")
 """What "auto" tries, fastest first. An engine of `BACKENDS` beyond these is used when it is named."""
 PASSED, FAILED, UNGATED = "passed", "failed", "ungated"
 # Engines that are told the precision apart from the graphs'.
@@ -133,6 +133,8 @@ def _candidates(bundle: AnyBundle, wanted: str, precision: str, checkpoint: Path
         return [_examine(wanted, Asked(_manifest(bundle), precision, checkpoint, named=True))]
     found = available(bundle, precision=precision, checkpoint=checkpoint)
     if not any(candidate.usable for candidate in found):
+        if precision != AUTO:
+            _manifest(bundle).paths(precision)
         raise EngineError(f"no engine can run this bundle here: {'; '.join(map(str, found))}")
     return found
 

@@ -143,6 +143,7 @@ class Sessions:
 
 BACKENDS: dict[str, str] = {
     "onnxruntime": "runtime.onnxruntime_session",
+    "onnxruntime-cuda": "runtime.onnxruntime_cuda_session",
     "openvino": "runtime.openvino_session",
     "tensorrt": "runtime.tensorrt_session",
     "torch": "runtime.torch_session",
@@ -163,7 +164,10 @@ def load_sessions(backend: str, bundle: Bundle, *, threads: int, **options: Any)
         raise UsageError(f"unknown engine {backend!r}; the engines are: {', '.join(BACKENDS)}")
     try:
         engine = importlib.import_module(BACKENDS[backend])
-    except ImportError as error:
-        raise EngineError(f"engine {backend!r} cannot be used here: {error}; install it first") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        # Not installed, or a stub, or without libraries or a driver of its own.
+        told = str(error).strip().splitlines()
+        reason = told[0] if told else type(error).__name__
+        raise EngineError(f"engine {backend!r} cannot be used here: {reason}; install it first") from error
     sessions: Sessions = engine.load(bundle, threads=threads, **options)
     return sessions

@@ -25,7 +25,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    with Pipeline.load(factory.random_bundle(), threads=1) as made:
+    with Pipeline.load(factory.random_bundle(), threads=1, engine="onnxruntime") as made:
         yield made
 
 

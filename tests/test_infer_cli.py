@@ -121,8 +121,11 @@ def test_cold_start_to_the_first_mask_is_under_three_seconds(scene: Path, tmp_pa
     for _ in range(3):
         start = time.perf_counter()
         run = infer(
-            *with_bundle("--image", scene, "--expression", "cube", *GIVEN, "--output", tmp_path / "o")
+            *with_bundle("--image", scene, "--expression", "cube", *GIVEN, "--output", tmp_path / "o"),
+            "--engine",
+            "onnxruntime",
         )
+        # What the base install has; others take seconds to compile their graphs.
         taken.append(time.perf_counter() - start)
         assert run.returncode == 0, run.stderr
     assert min(taken) < 3

@@ -34,13 +34,13 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one_thread", "two_threads"])
 def pipeline(request: pytest.FixtureRequest) -> Any:
-    with Pipeline.load(factory.random_bundle(), threads=request.param) as made:
+    with Pipeline.load(factory.random_bundle(), threads=request.param, engine="onnxruntime") as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def plain() -> Any:
-    with Pipeline.load(factory.random_bundle(), threads=1) as made:
+    with Pipeline.load(factory.random_bundle(), threads=1, engine="onnxruntime") as made:
         yield made
 
 

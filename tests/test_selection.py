@@ -6,12 +6,15 @@ import ctypes
 import dataclasses
 import importlib.util
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ppcr.errors import BundleError, EngineError, UsageError
 from ppcr.manifest import Manifest, Parity, parity_key
@@ -181,6 +184,28 @@ def test_what_does_not_start_is_passed_over_with_one_warning(
     assert result.to_json()["engine"] == result.engine
 
 
+@pytest.mark.parametrize(
+    "error", ["ImportError('no stub is a library')", "OSError('libx.so: cannot open shared object file')"]
+)
+def test_a_stub_that_cannot_be_imported_is_passed_over(
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "openvino.py").write_text(f"raise {error}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "runtime.openvino_session", raising=False)
+    with pytest.warns(RuntimeWarning, match="^openvino: engine 'openvino' cannot be used here: ") as caught:
+        with Pipeline.load(factory.random_bundle(), threads=1) as pipeline:
+            assert pipeline.engine["engine"] == LAST
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+
+
+def test_a_precision_that_nothing_has_is_the_bundles_error() -> None:
+    with pytest.raises(BundleError, match="holds fp32, int8, not 'fp4'"):
+        selection.choose(factory.random_bundle(), precision="fp4")
+
+
 def test_a_named_engine_does_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     started_with("tensorrt", monkeypatch, refuse("the engine is cut short", BundleError))
     with pytest.raises(BundleError, match="cut short"):
@@ -203,8 +228,6 @@ def test_the_last_engine_tells_its_own_error(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_command_line_names_the_engine_and_warns_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from PIL import Image
-
     Image.fromarray(factory.picture()).save(tmp_path / "scene.png")
     command = [
         "--image", str(tmp_path / "scene.png"), "--expression", "a cube", "--box", "1,1,90,90",
@@ -270,9 +293,6 @@ def test_a_driver_tells_of_its_first_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_choice_loads_no_engine_library() -> None:
-    import subprocess
-    import sys
-
     code = (
         f"from runtime import selection\nfound = selection.available({str(factory.random_bundle())!r})\n"
         "import sys; print(*[n for n in ('torch', 'tensorrt', 'tensorrt_rtx', 'openvino') "

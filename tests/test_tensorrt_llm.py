@@ -77,7 +77,7 @@ def oracle(loaded: Bundle) -> Oracle:
 def test_turns_give_the_answers_of_the_session_level(loaded: Bundle, oracle: Oracle, samples: Path) -> None:
     segmenter = onnxruntime_session.load_segmenter(loaded, threads=1)
     ours = Pipeline(loaded, Sessions(TurnMLLM(oracle, loaded), segmenter), threads=1, engine="tensorrt_llm")
-    theirs = Pipeline.load(loaded.folder, precision="fp32", threads=1)
+    theirs = Pipeline.load(loaded.folder, precision="fp32", threads=1, engine="onnxruntime")
     scenes = [pipeline.open(samples / "scene_0.png") for pipeline in (ours, theirs)]
     for expression in (EXPRESSION, "the small cube"):  # the second goes back to the end of the image
         one, other = (scene.segment(expression) for scene in scenes)

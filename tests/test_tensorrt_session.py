@@ -119,7 +119,7 @@ def test_pipeline_gives_the_masks_of_onnxruntime(loaded: tuple[Bundle, Sessions]
     bundle, sessions = loaded
     image = samples / "scene_0.png"
     ours = Pipeline(bundle, sessions, threads=1, engine="tensorrt").open(image)
-    theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1).open(image)
+    theirs = Pipeline.load(bundle.folder, precision="fp32", threads=1, engine="onnxruntime").open(image)
     assert sessions.precision == "fp16"
     for expression in ("the green cube", EXPRESSION):
         one, other = ours.segment(expression), theirs.segment(expression)

@@ -1,0 +1,43 @@
+"""Any engine of the runtime held to the parity gate on a bundle; the manifest keeps the figures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from export.parity import Progress, compare, make_cases
+from ppcr.checkpoint import Checkpoint
+from ppcr.errors import CheckpointError
+from ppcr.manifest import Manifest, Parity, parity_key
+from ppcr.model.reference import ReferencePipeline
+from runtime.engine_checks import gate_name
+from runtime.pipeline import Pipeline
+
+
+def check_engine(
+    bundle: Path, source: Path, engine: str, precision: str, scenes: int, progress: Progress
+) -> tuple[str, Parity]:
+    """Measure the engine called ``engine`` and write its figures, passed or failed, into the manifest.
+
+    Args:
+        source: folder of the checkpoint that the bundle was made from.
+        precision: one that the engine computes in, or "auto".
+        scenes: how many held-out scenes.
+
+    Returns:
+        where in the manifest's ``parity`` they are, and the figures. A failed engine is not chosen by itself.
+
+    Raises:
+        CheckpointError: the bundle was made from another one. EngineError: the engine cannot run here.
+    """
+    checkpoint = Checkpoint.open(source)
+    if checkpoint.source_hash() != Manifest.load(bundle).source:
+        raise CheckpointError(f"{bundle} was not made from {source}: give its checkpoint with --checkpoint")
+    with Pipeline.load(bundle, engine=engine, precision=precision, checkpoint=source) as pipeline:
+        cases = make_cases(ReferencePipeline.load(checkpoint), scenes, progress)
+        parity = compare(pipeline, cases, progress)
+        key = parity_key(gate_name(engine), str(pipeline.engine["precision"]))
+    # Read again: a measurement takes minutes, in which engines may have been added.
+    manifest = Manifest.load(bundle)
+    dataclasses.replace(manifest, parity={**manifest.parity, key: parity}).save(bundle)
+    return key, parity

@@ -1,0 +1,98 @@
+"""Any engine held to the gate: its figures come into the manifest, whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export import build_engines, engine_parity, parity
+from ppcr.errors import CheckpointError, ParityError
+from ppcr.manifest import MANIFEST, Manifest, Parity, parity_key
+from runtime import selection
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+def check(copy: Path, *arguments: str) -> int:
+    return build_engines.main(["--output", str(copy), "--parity-scenes", "1", *arguments])
+
+
+def test_an_engines_figures_come_into_the_manifest_and_are_read(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Manifest.load(copy)
+    assert check(copy, "--check-engine", "torch", "--precision", "fp32") == 0
+    said = capsys.readouterr().out
+    after = Manifest.load(copy)
+    key = next(name for name in after.parity if name.startswith("torch"))
+    found = after.parity[key]
+    assert found.scenes == 1 and found.passed and found.mean_iou == 1.0
+    assert f"{key}" in said and "passed" in said and MANIFEST in said
+    assert dataclasses.replace(after, parity=before.parity) == before
+    assert selection.choose(copy, "torch").gate == "passed"
+    # What was built is still up to date: the figures of other engines say nothing of the graphs.
+    assert {name for name in after.parity if name in after.precisions} == set(before.parity)
+
+
+def test_an_engine_that_disagrees_fails_and_is_remembered(
+    copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = Parity(1, 0.0, 0.25, 0.25, False)
+    monkeypatch.setattr(engine_parity, "make_cases", lambda *_: [])
+    monkeypatch.setattr(engine_parity.ReferencePipeline, "load", lambda checkpoint: None)
+    monkeypatch.setattr(engine_parity, "compare", lambda *_: bad)
+    assert check(copy, "--check-engine", "onnxruntime", "--precision", "int8") == ParityError.exit_code
+    told = capsys.readouterr().err
+    assert "int8 disagrees" in told and "mean mask IoU 0.2500 (gate 0.98)" in told
+    assert Manifest.load(copy).parity["int8"] == bad
+
+
+def test_a_foreign_checkpoint_is_refused_and_nothing_is_written(
+    copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = dataclasses.replace(Manifest.load(copy), source="0" * 64)
+    manifest.save(copy)
+    text = (copy / MANIFEST).read_bytes()
+    assert check(copy, "--check-engine", "onnxruntime") == CheckpointError.exit_code
+    assert "was not made from" in capsys.readouterr().err
+    assert (copy / MANIFEST).read_bytes() == text
+    assert check(copy, "--check-engine", "onnxruntime", "--precision", "fp32,int8") == 2
+
+
+def test_masks_and_tokens_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((8, 8), np.bool_)
+    mask[2:5, 2:5] = True
+
+    class Scene:
+        def segment(self, expression: str) -> Any:
+            return type("Result", (), {"mask": mask if expression == "same" else ~mask})()
+
+    class Engine:
+        engine = {"precision": "fp32"}
+
+        def open(self, image: Any) -> Scene:
+            return Scene()
+
+    class Reference:
+        pass
+
+    reference = Reference()
+    reference.mask = mask  # type: ignore[attr-defined]
+    monkeypatch.setattr(parity, "same_tokens", lambda result, wanted: True)
+
+    def figures(*expressions: str) -> Parity:
+        cases: Any = [parity.Case(np.zeros((8, 8, 3), np.uint8), e, reference) for e in expressions]  # type: ignore[arg-type]
+        engine: Any = Engine()
+        return parity.compare(engine, cases, lambda name: None)
+
+    assert figures("same", "same") == Parity(2, 1.0, 1.0, 1.0, True)
+    assert figures("same", "other") == Parity(2, 1.0, 0.5, 0.0, False)
+    assert parity_key("openvino", "bf16") == "openvino bf16" and parity_key("onnxruntime", "int8") == "int8"
