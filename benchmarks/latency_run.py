@@ -158,7 +158,13 @@ class _Measurement:
         if not model.random:
             # A model of random weights would not hold to the lengths of its answers there.
             cold = cold_start(
-                model.bundle, default.engine, default.precision, threads, self.picture, self.expression
+                model.bundle,
+                model.checkpoint.root.resolve(),
+                default.engine,
+                default.precision,
+                threads,
+                self.picture,
+                self.expression,
             )
             print("", report.cold_line(cold, default.name, threads), sep="\n")
         summary = report.summary(self.rows, cold, default.name, threads)

@@ -16,7 +16,7 @@ from runtime.session import BACKENDS
 
 DEFAULT, ALL = "onnxruntime", "all"
 # Engines that compute on a GPU where there is one: plain torch then does so too, and floors are the GPU's.
-_GPU_ENGINES = frozenset({"tensorrt", "tensorrt_llm", "torch"})
+_GPU_ENGINES = frozenset({"tensorrt", "tensorrt_llm", "torch", "onnxruntime-cuda"})
 
 
 @dataclass(frozen=True)

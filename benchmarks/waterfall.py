@@ -19,15 +19,18 @@ from benchmarks.workers import Row, measure_rows
 
 EXPRESSIONS = 4
 """Expressions asked about each image."""
-NOT_RUN = "needs a GPU, not run"
+NOT_RUN, ALONE = "needs a GPU, not run", "needs a second thread, not run"
+
+_BESIDE = "+ encoder beside the MLLM"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One row: what was added, and the task that runs it; None where it cannot run here."""
+    """One row: what was added, and the task that runs it; None where it cannot run here: why not."""
 
     name: str
     task: Task | None
+    missing: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def steps(
 ) -> list[Step]:
     """The steps for the engine of ``rows[0]`` at its precision; the others are the precisions at the end.
 
-    Everything is on a GPU where that engine is.
+    Everything is on a GPU where that engine is. With one thread nothing runs beside the MLLM.
     """
     first, *others = rows
     device = "cuda" if first.on_gpu else "cpu"
@@ -82,7 +85,7 @@ def steps(
         Step("+ KV cache kept", replace(torch, kind=REUSED)),
         Step("+ forced literals", replace(torch, kind=FORCED)),
         Step(f"+ static cache, graph: {first.name}", replace(engine, overlap=False)),
-        Step("+ encoder beside the MLLM", engine),
+        Step(_BESIDE, engine) if threads > 1 else Step(_BESIDE, None, ALONE),
         Step("+ expressions in one call", replace(engine, together=True)),
         *(
             Step(f"+ {row.name}", replace(engine, engine=row.engine, precision=row.precision, together=True))
@@ -90,8 +93,8 @@ def steps(
         ),
     ]
     if not first.on_gpu:
-        listed.insert(4, Step("+ CUDA graph of the step", None))
-        listed.append(Step("+ fp16, bf16 or fp8 on a GPU", None))
+        listed.insert(4, Step("+ CUDA graph of the step", None, NOT_RUN))
+        listed.append(Step("+ fp16, bf16 or fp8 on a GPU", None, NOT_RUN))
     return [
         step if step.task is None else Step(step.name, replace(step.task, system=f"step {number}"))
         for number, step in enumerate(listed)
@@ -158,7 +161,7 @@ def table(listed: Sequence[Step], found: Sequence[StepFigures], left_out: dict[s
     for step in listed:
         one = by_name.get(step.name)
         if one is None:
-            lines.append(f"{step.name:<{wide}}  {left_out.get(step.name, NOT_RUN)}")
+            lines.append(f"{step.name:<{wide}}  {left_out.get(step.name, step.missing)}")
             continue
         first = f"{'-':>10}{'-':>8}"
         if one.first is not None and plain.first is not None:
@@ -176,6 +179,6 @@ def to_json(
     """All steps in order; those that were not run with the reason."""
     by_name = {one.name: one.to_json() for one in found}
     return [
-        by_name.get(step.name, {"step": step.name, "not_run": left_out.get(step.name, NOT_RUN)})
+        by_name.get(step.name, {"step": step.name, "not_run": left_out.get(step.name, step.missing)})
         for step in listed
     ]

@@ -177,6 +177,7 @@ def _take_turns(
 
 def cold_start(
     bundle: Path,
+    checkpoint: Path,
     engine: str,
     precision: str,
     threads: int,
@@ -189,7 +190,7 @@ def cold_start(
 
     ``torch_loaded`` says whether any of them had torch in memory at the end.
     """
-    command = [str(bundle), engine, precision, str(threads), str(image), expression]
+    command = [str(bundle), str(checkpoint), engine, precision, str(threads), str(image), expression]
     told: list[dict[str, Any]] = []
     for _ in range(repeats):
         start = time.perf_counter()

@@ -270,6 +270,13 @@ def test_the_waterfall_lists_every_step(tmp_path: Path) -> None:
     assert told[6]["mean_mask_iou"] is None and json.loads(json.dumps(told)) == told
 
 
+def test_with_one_thread_nothing_runs_beside_the_mllm(tmp_path: Path) -> None:
+    listed = waterfall.steps(tmp_path, tmp_path, [RowPlan("onnxruntime", "fp32")], tmp_path, 1, fixed=False)
+    told = {one["step"]: one["not_run"] for one in waterfall.to_json(listed, [], {})}
+    assert told["+ encoder beside the MLLM"] == waterfall.ALONE
+    assert told["+ CUDA graph of the step"] == waterfall.NOT_RUN
+
+
 def test_on_a_gpu_the_whole_waterfall_is_there(tmp_path: Path) -> None:
     plans = [RowPlan("tensorrt", "fp16", on_gpu=True)]
     listed = waterfall.steps(tmp_path, tmp_path, plans, tmp_path, 4, fixed=True)
