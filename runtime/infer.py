@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -79,7 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_cli(lambda: _infer(parser().parse_args(argv)))
 
 
-def _warn(message: Warning | str, *_: object) -> None:
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"warning: {one_line(str(message))}", file=sys.stderr, flush=True)
 
 

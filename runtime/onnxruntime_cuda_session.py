@@ -204,6 +204,9 @@ class DeviceCache(OnnxContext):
         self._logits[...] = self._answer.numpy()
 
     def _launch_block(self) -> None:
+        # What goes to a GPU is copied when it is bound, not when it is run.
+        for name, array in (("write_indices", self._at), ("logits_index", self._last)):
+            self._block.bind_cpu_input(name, array)
         self._decoder.run_with_iobinding(self._block, self._plain)
         self._logits[...] = self._answer.numpy()
 

@@ -70,7 +70,7 @@ def test_steps_and_blocks_share_a_cache_that_is_used_again(
         ours, theirs = (context.extend(ids).copy() for context in contexts)
         np.testing.assert_array_equal(ours, theirs)
         assert contexts[0].length == contexts[1].length
-    first = contexts[0]
+    first: Any = contexts[0]
     other = mllm.open(prefix=prefix)
     other.extend([40, 41])
     for context in contexts:
@@ -119,9 +119,20 @@ def test_each_run_names_its_graph(bound: Sessions, loaded: Bundle, monkeypatch: 
     monkeypatch.setattr(cache, "_stepper", Recorder())
     monkeypatch.setattr(cache, "_decoder", Recorder())
     monkeypatch.setattr(cache, "_recorded", onnxruntime_session.graph_options(3))
+    fed: dict[str, int] = {}
+
+    class Binding:
+        """As on a GPU: what is bound is copied then and there."""
+
+        def bind_cpu_input(self, name: str, array: np.ndarray) -> None:
+            fed[name] = int(array.flat[0]) if array.dtype == np.int64 else -1
+
+    monkeypatch.setattr(cache, "_block", Binding())
     context.extend([5, 6])
     context.extend([7])
-    assert used == [(False, "-1"), (True, "3")]
+    context.extend([8, 9, 10])
+    assert used == [(False, "-1"), (True, "3"), (False, "-1")]
+    assert (fed["write_indices"], fed["logits_index"]) == (3, 2)
 
 
 def test_without_the_provider_one_line_says_what_to_install(

@@ -69,7 +69,7 @@ def test_many_expressions_share_one_batch(pipeline: Pipeline, samples: Path) -> 
 
 
 def test_half_precision_keeps_the_masks(bundle: Path, pipeline: Pipeline, samples: Path) -> None:
-    box = {"semantic": "cube; any; any; one", "boxes": [60, 60, 140, 150]}
+    box: dict[str, Any] = {"semantic": "cube; any; any; one", "boxes": [60, 60, 140, 150]}
     with Pipeline.load(bundle, engine="torch", precision="bf16", threads=1) as half:
         assert half.engine["precision"] == "bf16"
         answers = [p.open(picture(samples, 0)).segment("a cube", **box) for p in (pipeline, half)]
@@ -143,6 +143,7 @@ class FakeGraph:
     """A CUDA graph that runs its work again when it is replayed, into the tensor it captured."""
 
     replayed = 0
+    slot: Any
 
     def replay(self) -> None:
         type(self).replayed += 1
@@ -176,7 +177,12 @@ def test_the_step_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyP
     told: list[str] = []
     fake_cuda(monkeypatch, told)
     real = TorchSlot._run_step
-    monkeypatch.setattr(TorchSlot, "_run_step", lambda self: (told.append("run"), real(self))[1])
+
+    def counted(slot: TorchSlot) -> torch.Tensor:
+        told.append("run")
+        return real(slot)
+
+    monkeypatch.setattr(TorchSlot, "_run_step", counted)
     with torch.no_grad():
         slot = small_slot(size, size.build(), said, graph=True)
         assert told == ["wait", "run", "run", "run", "wait", "capture", "run"]
