@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,6 +14,7 @@ from ppcr.manifest import EMBEDDING, Manifest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ppcr.checkpoint import Checkpoint
     from ppcr.model.reference import ReferencePipeline
 
 _TEXT = 12  # tokens of a usual semantic prompt
@@ -43,6 +44,13 @@ class Conversation:
             spatial=6 * sum(count for _, _, count in texts) / n,
         )
 
+    @classmethod
+    def held(cls, pipeline: ReferencePipeline, texts: list[tuple[str, str, int]]) -> Conversation:
+        """The same where the tokenizer holds every answer to one length (`benchmarks.fixed_answers`)."""
+        usual = cls.of(pipeline, texts)
+        semantic = pipeline.tokenizer.semantic_constraint.max_tokens
+        return replace(usual, semantic=semantic, spatial=pipeline.tokenizer.spatial_constraint(1).max_tokens)
+
     @property
     def asked(self) -> float:
         """Tokens up to stage 1's answer."""
@@ -64,27 +72,50 @@ def weights(manifest: Manifest, precision: str) -> dict[str, int]:
     return {role: manifest.files[name].bytes for role, name in files.items()}
 
 
+def loaded(checkpoint: Checkpoint, texts: list[tuple[str, str, int]]) -> dict[str, dict[str, float]]:
+    """`flops` of a checkpoint, read for it. texts: as `Conversation.of`."""
+    # transformers takes seconds to import: only once everything else has been found in order.
+    from ppcr.model.reference import ReferencePipeline
+
+    pipeline = ReferencePipeline.load(checkpoint)
+    return flops(pipeline, Conversation.of(pipeline, texts))
+
+
+def sizes_alone(checkpoint: Checkpoint, texts: list[tuple[str, str, int]]) -> dict[str, dict[str, float]]:
+    """`flops` of a checkpoint with answers of fixed lengths; of the MLLM no weight is read."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from benchmarks.fixed_answers import fix_answers
+    from ppcr.model.reference import ReferencePipeline
+    from ppcr.model.segmenters import load_segmenter
+    from ppcr.zero_shot import tokenizer_of
+
+    with torch.device("meta"):
+        mllm = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(checkpoint.mllm))
+    tokenizer = tokenizer_of(checkpoint.config, checkpoint.tokenizer)
+    fix_answers(tokenizer)
+    segmenter = load_segmenter(checkpoint.segmenter)
+    pipeline = ReferencePipeline(checkpoint.config, tokenizer, mllm, segmenter)
+    return flops(pipeline, Conversation.held(pipeline, texts))
+
+
 def flops(pipeline: ReferencePipeline, talk: Conversation) -> dict[str, dict[str, float]]:
     """Least FLOPs of each stage: for the first expression of an image, a second one, and plain torch.
 
-    A multiplication and an addition count as two. Vision tower and segmenter are counted operator by
-    operator from their shapes; the MLLM's text part by the formula, with causal attention.
+    A multiplication and an addition count as two. The segmenter is counted operator by operator from its
+    shapes; the MLLM by formulas, its text part with causal attention.
     """
-    config, mask_text = pipeline.config, torch.ones(1, _TEXT, dtype=torch.bool)
-    grid = torch.tensor([[1, *(n * config.mllm.merge for n in config.mllm.grid)]])
-    patch = 3 * config.mllm.temporal * config.mllm.patch**2
-    patches = torch.zeros(config.mllm.image_tokens * config.mllm.merge**2, patch)
-    pixels = torch.zeros(1, 3, *config.segmenter.image_size)
-    segmenter, text = pipeline.segmenter, torch.zeros(1, _TEXT, pipeline.segmenter.config.text_dim)
+    segmenter = pipeline.segmenter
     # The counter follows modules by gradient hooks, which parameters passed as arguments would trip.
-    pipeline.mllm.requires_grad_(False)
     segmenter.requires_grad_(False)
+    vision = vision_flops(pipeline)
+    pixels = torch.zeros(1, 3, *pipeline.config.segmenter.image_size)
+    text, mask_text = torch.zeros(1, _TEXT, segmenter.config.text_dim), torch.ones(1, _TEXT, dtype=torch.bool)
+    prompts = torch.zeros(1, 4), torch.zeros(1, 2), torch.ones(1), text, mask_text
+    features: list[Any] = []
     with torch.no_grad():
-        vision = counted(lambda: pipeline.mllm.model.visual(patches, grid_thw=grid))
-        encoder = counted(lambda: segmenter.encode(pixels))
-        features = segmenter.encode(pixels)
-        prompts = torch.zeros(1, 4), torch.zeros(1, 2), torch.ones(1), text, mask_text
-        decoder = counted(lambda: segmenter.decode(features, *prompts))  # type: ignore[arg-type]
+        encoder = counted(lambda: features.append(segmenter.encode(pixels)))
+        decoder = counted(lambda: segmenter.decode(features[0], *prompts))
     two = talk.whole - talk.first
 
     def read(start: float, count: float, answer: float) -> float:
@@ -107,11 +138,35 @@ def flops(pipeline: ReferencePipeline, talk: Conversation) -> dict[str, dict[str
     }
 
 
+def vision_flops(pipeline: ReferencePipeline) -> float:
+    """Of the vision tower on one image of the first size: products with weights, and attention.
+
+    Qwen2.5-VL attends within windows in most blocks, which are whole at the sizes used here.
+    """
+    config, tower = pipeline.config.mllm, pipeline.mllm.model.visual
+    patches = config.image_tokens * config.merge**2
+    # The patches' embedding is a convolution over exactly one patch; the mergers see merged cells.
+    embedding = tower.patch_embed.proj.weight.numel() * patches
+    blocks = _matrices(tower.blocks) * patches
+    mergers = [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+    merged = sum(_matrices(part) for part in mergers) * config.image_tokens
+    whole = range(len(tower.blocks))
+    window, full = patches, set(whole)
+    if (side := getattr(tower.config, "window_size", None)) is not None:
+        window, full = (side // config.patch) ** 2, set(tower.config.fullatt_block_indexes)
+    attended = sum(patches if block in full else min(window, patches) for block in whole) * patches
+    return 2.0 * (embedding + blocks + merged) + 4.0 * tower.config.hidden_size * attended
+
+
+def _matrices(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
+
+
 def text_flops(pipeline: ReferencePipeline, start: float, count: float, answers: float) -> float:
     """Of ``count`` tokens read after ``start`` others, with logits for ``answers`` of them."""
     model = pipeline.mllm.model.language_model
     config = model.config
-    matrices = sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+    matrices = _matrices(model.layers)
     width = config.hidden_size // config.num_attention_heads * config.num_attention_heads
     attended = count * start + count * (count + 1) / 2
     attention = 4.0 * config.num_hidden_layers * width * attended

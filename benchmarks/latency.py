@@ -3,6 +3,10 @@
 Prints a card (bytes, FLOPs, what is compared), a table for each number of threads, the cold start, and as
 last line one JSON object. Every row runs in a fresh process on the same images, the rows taking turns image
 by image; loading, warm-up and metrics are not timed. Memory and accuracy stand in the same row as the time.
+
+More on request: ``--engine`` (rows of other engines), ``--floor`` (what each stage takes at least on this
+machine), ``--waterfall`` (from plain torch to the fastest engine, step by step), ``--batch`` (expressions of
+one image together), ``--timeline`` (a picture of one request), ``--random-weights`` (models of full size).
 """
 
 from __future__ import annotations
@@ -13,17 +17,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-from PIL import Image
-
-from benchmarks import card, machine, report, results
+from benchmarks import card, machine, random_bundle, results, timeline
 from benchmarks.examples import SIZE, Example, examples
-from benchmarks.worker import PLAIN, Task
-from benchmarks.workers import cold_start, measure_rows
+from benchmarks.latency_run import Model, Wanted, measure, work_of
+from benchmarks.rows import DEFAULT, engines_named, plan
+from benchmarks.worker import PLAIN
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.data.graph import Split
 from ppcr.errors import CommandParser, UsageError, run_cli
@@ -31,6 +34,7 @@ from ppcr.manifest import Manifest
 from runtime.bundle import DEFAULT_BUNDLE
 
 SPLIT: Split = "test"
+RANDOM_PRECISIONS = ("int4", "int8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +53,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--images", type=int, default=24, metavar="N", help="scenes, two expressions each")
     made.add_argument("--repeats", type=int, default=2, metavar="N", help="rounds over all images")
     made.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
-    made.add_argument("--precision", metavar="A,B", help="rows of the bundle (default: all it holds)")
+    made.add_argument("--precision", metavar="A,B", help="rows of each engine (default: all it can)")
+    made.add_argument(
+        "--engine", default=DEFAULT, metavar="A,B", help="names, auto, or all (default: %(default)s)"
+    )
+    made.add_argument("--without-torch", action="store_true", help="leave the row of plain torch out")
+    made.add_argument("--floor", action="store_true", help="what each stage takes at least on this machine")
+    made.add_argument("--waterfall", action="store_true", help="from plain torch step by step, with accuracy")
+    made.add_argument("--batch", type=int, metavar="N", help="N expressions of one image, in three ways")
+    made.add_argument("--timeline", type=Path, metavar="PNG", help="draw one request of the first row")
+    made.add_argument(
+        "--random-weights",
+        nargs="+",
+        metavar="MLLM+SEGMENTER",
+        help=f"build these instead, such as qwen2.5-vl-3b+mobile-sam; segmenters: "
+        f"{', '.join(random_bundle.SEGMENTERS)} (--precision: default {','.join(RANDOM_PRECISIONS)})",
+    )
+    made.add_argument("--layers", type=int, metavar="N", help="with --random-weights: fewer than published")
+    made.add_argument(
+        "--work", type=Path, metavar="DIR", help="with --random-weights: where models are built and kept"
+    )
     results.add_option(made)
     return made
 
@@ -61,108 +84,134 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _latency(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    for name in ("images", "repeats"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} must be 1 or more, not {getattr(arguments, name)}")
-    if min(arguments.threads) < 1:
-        raise UsageError(f"--threads must be 1 or more, not {min(arguments.threads)}")
-    results.check_name(arguments.save)
-    manifest = Manifest.load(arguments.bundle)
-    precisions = _precisions(arguments.precision, manifest)
-    for precision in precisions:
-        manifest.verify(arguments.bundle, precision)
-    checkpoint = Checkpoint.open(arguments.checkpoint)
+    _check(arguments)
+    engines = engines_named(arguments.engine)
+    shipped = None if arguments.random_weights else _shipped(arguments, engines)
     described, disturbed = machine.describe(), machine.is_busy()
-    scenes = list(examples(SPLIT, range(arguments.images), expressions=2))
-    work = _work(checkpoint, scenes)
-    same = checkpoint.source_hash() == manifest.source
-    for line in (*_compared(arguments, precisions, same), *card.lines(manifest, precisions, work)):
-        print(line)
-    print("machine  " + ", ".join(f"{name} {value}" for name, value in described.items()))
-    if disturbed:
-        # Worst where threads wait for each other by spinning, as torch's do: a ratio can be off tenfold.
-        print("note     other work keeps this machine busy: do not quote these figures")
-    sys.stdout.flush()
-
-    rows: list[report.RowFigures] = []
+    wanted = Wanted(
+        repeats=arguments.repeats,
+        threads=tuple(dict.fromkeys(arguments.threads)),
+        torch=not arguments.without_torch,
+        floor=arguments.floor,
+        waterfall=arguments.waterfall,
+        batch=arguments.batch,
+        timeline=arguments.timeline,
+    )
+    scenes = list(examples(SPLIT, range(arguments.images), expressions=wanted.expressions))
+    records: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="ppcr-latency-") as name:
-        folder = Path(name)
-        held, picture, expression = _write(scenes, folder)
-        sources = dict.fromkeys(precisions, arguments.bundle) | {PLAIN: checkpoint.root}
-        for threads in dict.fromkeys(arguments.threads):
-            tasks = [
-                Task(system, str(source.resolve()), str(held), threads) for system, source in sources.items()
-            ]
-            measured = list(measure_rows(tasks, len(scenes), arguments.repeats, folder))
-            rows += report.figures(measured)
-            print("", *report.table(rows[-len(measured) :]), sep="\n", flush=True)
-        default = manifest.default_precision if manifest.default_precision in precisions else precisions[0]
-        threads = arguments.threads[0]
-        cold = cold_start(arguments.bundle.resolve(), default, threads, picture, expression)
-    print("", report.cold_line(cold, default, threads), sep="\n")
-    summary = report.summary(rows, cold, default, threads)
-    summary |= {
-        "images": len(scenes),
-        "repeats": arguments.repeats,
-        "same_source": same,
-        "disturbed": disturbed,
-    }
+        for spec in arguments.random_weights or [None]:
+            place = Path(name) if arguments.work is None else arguments.work
+            model = shipped or _random(arguments, spec, engines, scenes, place)
+            work = work_of(model, scenes)
+            for line in (*_compared(arguments, model), *card.lines(model.manifest, model.stored, work)):
+                print(line)
+            print("machine  " + ", ".join(f"{key} {value}" for key, value in described.items()))
+            if disturbed:
+                # Worst where threads wait for each other by spinning, as torch's do: tenfold off is possible.
+                print("note     other work keeps this machine busy: do not quote these figures")
+            sys.stdout.flush()
+            record, listed = measure(model, scenes, work, wanted)
+            records.append(record)
+            runs += listed
+    common = {"images": len(scenes), "repeats": arguments.repeats, "disturbed": disturbed}
+    summary = {**records[0]["summary"], **common}
+    if len(records) > 1:
+        summary["models"] = {record["summary"]["model"]: record["summary"] for record in records}
     if arguments.save is not None:
-        record = {
-            "weights_bytes": {precision: card.weights(manifest, precision) for precision in precisions},
-            "flops": {stage: {k: round(v) for k, v in counts.items()} for stage, counts in work.items()},
-            "rows": [row.to_json() for row in rows],
-            "summary": summary,
-        }
-        results.save(arguments.save, "latency.py", words, described, record)
+        whole = records[0] if len(records) == 1 else {"models": records}
+        results.save(arguments.save, "latency.py", words, described, {**whole, "summary": summary})
+        results.save_runs(arguments.save, "latency.py", words, described, runs)
     print(json.dumps(summary))
     return 0
 
 
-def _precisions(given: str | None, manifest: Manifest) -> list[str]:
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot be, before anything is built or measured."""
+    for name in ("images", "repeats", "batch", "layers"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} must be 1 or more, not {value}")
+    if min(arguments.threads) < 1:
+        raise UsageError(f"--threads must be 1 or more, not {min(arguments.threads)}")
+    for spec in arguments.random_weights or ():
+        random_bundle.parse(spec)
+    if arguments.random_weights is None:
+        for name in ("layers", "work"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name} belongs to --random-weights")
+    if arguments.waterfall and arguments.without_torch:
+        raise UsageError("--waterfall begins with plain torch: leave out --without-torch")
+    if arguments.timeline is not None:
+        timeline.check(arguments.timeline)
+    results.check_name(arguments.save)
+    _precisions(arguments.precision)
+
+
+def _precisions(given: str | None) -> list[str] | None:
     if given is None:
-        return list(manifest.precisions)
+        return None
     wanted = [name.strip() for name in given.split(",") if name.strip()]
     if not wanted or PLAIN in wanted:
         raise UsageError("--precision takes names separated by commas, such as fp32,int8")
-    for precision in wanted:
-        manifest.paths(precision)
     return list(dict.fromkeys(wanted))
 
 
-def _work(checkpoint: Checkpoint, scenes: Sequence[Example]) -> dict[str, dict[str, float]]:
-    # transformers takes seconds to import: only once everything else has been found in order.
-    from ppcr.model.reference import ReferencePipeline
+def _shipped(arguments: argparse.Namespace, engines: Sequence[str]) -> Model:
+    """The bundle and the checkpoint of the command line, checked, with the rows they give."""
+    model = _model(arguments, arguments.bundle, arguments.checkpoint, engines)
+    for stored in model.stored:
+        model.manifest.verify(arguments.bundle, stored)
+    return model
 
-    pipeline = ReferencePipeline.load(checkpoint)
-    texts = [(one.text, one.semantic.text, len(one.targets)) for scene in scenes for one in scene.expressions]
-    return card.flops(pipeline, card.Conversation.of(pipeline, texts))
+
+def _random(
+    arguments: argparse.Namespace, spec: str, engines: Sequence[str], scenes: Sequence[Example], work: Path
+) -> Model:
+    """A model of random weights, built now or before, with the rows it gives."""
+    precisions = _precisions(arguments.precision) or RANDOM_PRECISIONS
+    made = random_bundle.build(spec, work, precisions, scenes, layers=arguments.layers)
+    return _model(arguments, made.bundle, made.checkpoint, engines, note=made.note)
 
 
-def _compared(arguments: argparse.Namespace, precisions: Sequence[str], same: bool) -> list[str]:
+def _model(
+    arguments: argparse.Namespace, bundle: Path, root: Path, engines: Sequence[str], *, note: str = ""
+) -> Model:
+    manifest = Manifest.load(bundle)
+    checkpoint = Checkpoint.open(root)
+    rows, left_out = plan(bundle, manifest, engines, _precisions(arguments.precision), checkpoint=root)
+    same = checkpoint.source_hash() == manifest.source
+    return Model(
+        bundle.resolve(),
+        checkpoint,
+        manifest,
+        tuple(rows),
+        left_out,
+        note=note if same else "the bundle was not built from this checkpoint",
+        same_source=same,
+        random=manifest.name.startswith(random_bundle.PREFIX),
+    )
+
+
+def _compared(arguments: argparse.Namespace, model: Model) -> list[str]:
     """What the rows are, as lines of the card."""
-    told = [
-        f"compared  {', '.join(precisions)}: the bundle on onnxruntime; {PLAIN}: the plain pipeline, Hugging "
-        "Face generate, fp32, nothing kept between turns or expressions",
+    names: dict[str, list[str]] = {}
+    for row in model.rows:
+        names.setdefault(row.engine, []).append(row.name)
+    told = "; ".join(f"{', '.join(listed)}: the bundle on {engine}" for engine, listed in names.items())
+    plain = ""
+    if not arguments.without_torch:
+        plain = (
+            f"; {PLAIN}: the plain pipeline, Hugging Face generate, {model.plain_precision}, nothing kept "
+            "between turns or expressions"
+        )
+    lines = [
+        f"compared  {told}{plain}",
         f"examples  {arguments.images} scenes of split {SPLIT!r}, {SIZE}x{SIZE}, two expressions each, "
         f"{arguments.repeats} rounds; first: an image with its first expression; second: one more about it",
     ]
-    return told if same else [*told, "note      the bundle was not built from this checkpoint"]
-
-
-def _write(scenes: Sequence[Example], folder: Path) -> tuple[Path, Path, str]:
-    """The examples for the workers; a picture and an expression with a target for the cold start."""
-    held, picture = folder / "examples.npz", folder / "scene.png"
-    np.savez(
-        held,
-        images=np.stack([scene.image for scene in scenes]),
-        truths=np.stack([scene.truths for scene in scenes]),
-        expressions=np.array([[one.text for one in scene.expressions] for scene in scenes]),
-    )
-    choices = [(scene, one) for scene in scenes for one in scene.expressions]
-    scene, expression = next((pair for pair in choices if pair[1].targets), choices[0])
-    Image.fromarray(scene.image).save(picture)
-    return held, picture, expression.text
+    return [*lines, f"note      {model.note}"] if model.note else lines
 
 
 if __name__ == "__main__":

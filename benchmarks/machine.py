@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ppcr import __version__
 
-LIBRARIES = ("numpy", "Pillow", "onnxruntime", "torch", "transformers")
+LIBRARIES = (
+    "numpy", "Pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "transformers", "triton",
+    "tensorrt", "tensorrt-rtx", "tensorrt-llm",
+)  # fmt: skip
 _MIB = 1 << 20
 
 
@@ -24,11 +28,23 @@ def describe() -> dict[str, str | int | float]:
         # Whatever else ran at the time slows every row; a reader should see it.
         "load_1min": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.release().partition('-')[0]} {platform.machine()}",
+        **gpu(),
         "python": platform.python_version(),
         "ppcr": __version__,
         **versions(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def gpu() -> dict[str, str]:
+    """Name, memory and driver of the first GPU, as its driver's own tool tells them; nothing without one."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, text=True, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    first = told.stdout.splitlines()[:1] if told.returncode == 0 else []
+    return {"gpu": first[0].strip()} if first else {}
 
 
 def is_busy(interval: float = 0.5, share: float = 0.25, stat: Path = Path("/proc/stat")) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -26,8 +26,11 @@ class RowFigures:
         second: a further expression of the same image; None for plain torch, to which all are alike.
         stages: what the caller waited for each, over the runs that had it. device: median seconds at work.
         tokens, forward_calls: of the MLLM, mean of first expressions.
-        mean_mask_iou: with the truth. agreement: mean IoU with plain torch on the same expressions.
+        mean_mask_iou: with the truth. agreement: mean IoU with plain torch on the same expressions. Both None
+            for weights that say nothing.
         speedup: of plain torch's median over this one's. counts: accuracy is not worse (`TOLERATED_LOSS`).
+            Both without meaning where plain torch was not run: None and True.
+        engine: what really ran, as the runtime says it.
     """
 
     system: str
@@ -39,12 +42,13 @@ class RowFigures:
     device: dict[str, float]
     tokens: float
     forward_calls: float
-    mean_mask_iou: float
-    agreement: float
+    mean_mask_iou: float | None
+    agreement: float | None
     peak_memory_mb: float
     loaded_s: float
-    speedup: float
+    speedup: float | None
     counts: bool
+    engine: dict[str, Any]
 
     @property
     def second_speedup(self) -> float | None:
@@ -56,17 +60,19 @@ class RowFigures:
         return {
             "system": self.system,
             "threads": self.threads,
+            "engine": self.engine.get("engine"),
+            "precision": self.engine.get("precision"),
             "end_to_end": self.end_to_end.to_json(),
             "cpu_p50_s": round(self.cpu_p50_s, 6),
             "second_expression": None if self.second is None else self.second.to_json(),
             "stages": self.stages_json(),
             "tokens": round(self.tokens, 2),
             "forward_calls": round(self.forward_calls, 2),
-            "mean_mask_iou": round(self.mean_mask_iou, 5),
-            "agreement": round(self.agreement, 5),
+            "mean_mask_iou": _rounded(self.mean_mask_iou, 5),
+            "agreement": _rounded(self.agreement, 5),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "load_s": round(self.loaded_s, 4),
-            "speedup": round(self.speedup, 3),
+            "speedup": _rounded(self.speedup, 3),
             "speedup_counts": self.counts,
         }
 
@@ -78,12 +84,15 @@ class RowFigures:
         }
 
 
-def figures(rows: Sequence[Row]) -> list[RowFigures]:
-    """Figures of rows that were measured together, one of them plain torch's."""
-    plain = next(row for row in rows if row.task.system == PLAIN)
-    reference = dict(plain.first)
-    plain_p50 = Spread.of([run.seconds for _, run in plain.first]).p50
-    plain_iou = fmean(run.iou for _, run in plain.first)
+def figures(rows: Sequence[Row], *, judged: bool = True) -> list[RowFigures]:
+    """Figures of rows that were measured together, plain torch's among them or not.
+
+    judged: whether masks mean something; False for random weights.
+    """
+    plain = next((row for row in rows if row.task.system == PLAIN), None)
+    reference = {} if plain is None else dict(plain.first)
+    plain_p50 = None if plain is None else Spread.of([run.seconds for _, run in plain.first]).p50
+    plain_iou = 0.0 if plain is None else fmean(run.iou for _, run in plain.first)
     made = []
     for row in rows:
         first = [run for _, run in row.first]
@@ -101,12 +110,17 @@ def figures(rows: Sequence[Row]) -> list[RowFigures]:
                 device={n: Spread.of([run.device[n] for run in first if n in run.device]).p50 for n in names},
                 tokens=fmean(run.tokens for run in first),
                 forward_calls=fmean(run.forward_calls for run in first),
-                mean_mask_iou=iou,
-                agreement=fmean(_agree(run, reference[key]) for key, run in row.first),
+                mean_mask_iou=iou if judged else None,
+                agreement=(
+                    fmean(_agree(run, reference[key]) for key, run in row.first)
+                    if judged and reference
+                    else None
+                ),
                 peak_memory_mb=row.peak_memory_mb,
                 loaded_s=row.loaded_s,
-                speedup=plain_p50 / spread.p50,
-                counts=iou >= plain_iou - TOLERATED_LOSS,
+                speedup=None if plain_p50 is None else plain_p50 / spread.p50,
+                counts=not judged or iou >= plain_iou - TOLERATED_LOSS,
+                engine=row.engine,
             )
         )
     return made
@@ -114,20 +128,21 @@ def figures(rows: Sequence[Row]) -> list[RowFigures]:
 
 def table(rows: Sequence[RowFigures]) -> list[str]:
     """Rows of one number of threads: the whole, then stage by stage."""
+    wide = max(8, 2 + max(len(row.system) for row in rows))
     lines = [
         f"threads: {rows[0].threads}",
-        f"{'':<8}{'p50 ms':>9}{'p90':>9}{'p99':>9}{'cpu':>9}{'second':>9}{'speed-up':>10}"
+        f"{'':<{wide}}{'p50 ms':>9}{'p90':>9}{'p99':>9}{'cpu':>9}{'second':>9}{'speed-up':>10}"
         f"{'tokens':>8}{'calls':>7}{'mIoU %':>8}{'agree %':>9}{'peak MB':>9}{'load s':>8}",
     ]
     for row in rows:
         second = "-" if row.second is None else f"{1e3 * row.second.p50:.1f}"
         # A speed-up does not count while correctness is red.
-        factor = f"{row.speedup:.2f}x" if row.counts else "wrong"
+        factor = shown(row.speedup, ".2f", "x") if row.counts else "wrong"
         lines.append(
-            f"{row.system:<8}{1e3 * row.end_to_end.p50:>9.1f}{1e3 * row.end_to_end.p90:>9.1f}"
+            f"{row.system:<{wide}}{1e3 * row.end_to_end.p50:>9.1f}{1e3 * row.end_to_end.p90:>9.1f}"
             f"{1e3 * row.end_to_end.p99:>9.1f}{1e3 * row.cpu_p50_s:>9.1f}{second:>9}{factor:>10}"
-            f"{row.tokens:>8.1f}{row.forward_calls:>7.1f}{100 * row.mean_mask_iou:>8.2f}"
-            f"{100 * row.agreement:>9.2f}{row.peak_memory_mb:>9.0f}{row.loaded_s:>8.2f}"
+            f"{row.tokens:>8.1f}{row.forward_calls:>7.1f}{percent(row.mean_mask_iou):>8}"
+            f"{percent(row.agreement):>9}{row.peak_memory_mb:>9.0f}{row.loaded_s:>8.2f}"
         )
     columns = "".join(f"{row.system:>28}" for row in rows)
     lines += ["stage, ms: p50 / p90 / p99 waited", f"{'':<10}{columns}"]
@@ -147,10 +162,12 @@ def cold_line(cold: dict[str, Any], precision: str, threads: int) -> str:
     )
 
 
-def summary(rows: Sequence[RowFigures], cold: dict[str, Any], precision: str, threads: int) -> dict[str, Any]:
-    """The last line: the row of ``precision`` and ``threads`` in full, every other row in short."""
+def summary(
+    rows: Sequence[RowFigures], cold: dict[str, Any] | None, system: str, threads: int
+) -> dict[str, Any]:
+    """The last line: the row called ``system`` at ``threads`` in full, every other row in short."""
     by_name = {(row.system, row.threads): row for row in rows}
-    row, plain = by_name[precision, threads], by_name[PLAIN, threads]
+    row, plain = by_name[system, threads], by_name.get((PLAIN, threads))
     per_thread: dict[str, dict[str, Any]] = {}
     for one in rows:
         second = one.second_speedup
@@ -158,37 +175,81 @@ def summary(rows: Sequence[RowFigures], cold: dict[str, Any], precision: str, th
             "end_to_end_p50_s": round(one.end_to_end.p50, 6),
             "end_to_end_p99_s": round(one.end_to_end.p99, 6),
             "cpu_p50_s": round(one.cpu_p50_s, 6),
-            "speedup": round(one.speedup, 3),
-            "second_expression_speedup": None if second is None else round(second, 3),
-            "mean_mask_iou": round(one.mean_mask_iou, 5),
-            "agreement": round(one.agreement, 5),
+            "engine": one.engine.get("engine"),
+            "precision": one.engine.get("precision"),
+            "speedup": _rounded(one.speedup, 3),
+            "second_expression_speedup": _rounded(second, 3),
+            "mean_mask_iou": _rounded(one.mean_mask_iou, 5),
+            "agreement": _rounded(one.agreement, 5),
             "peak_memory_mb": round(one.peak_memory_mb, 1),
         }
     told = row.to_json()
     second = row.second_speedup
     return {
         "benchmark": "latency",
-        "precision": precision,
+        "system": system,
+        "engine": row.engine.get("engine"),
+        "precision": row.engine.get("precision"),
         "threads": threads,
         "stages": told["stages"],
         "end_to_end_p50_s": round(row.end_to_end.p50, 6),
         "end_to_end_p90_s": round(row.end_to_end.p90, 6),
         "end_to_end_p99_s": round(row.end_to_end.p99, 6),
-        "plain_torch_p50_s": round(plain.end_to_end.p50, 6),
+        "plain_torch_p50_s": None if plain is None else round(plain.end_to_end.p50, 6),
         "speedup": told["speedup"],
         "speedup_counts": row.counts,
         "second_expression_p50_s": None if row.second is None else round(row.second.p50, 6),
-        "second_expression_speedup": None if second is None else round(second, 3),
+        "second_expression_speedup": _rounded(second, 3),
         "mean_mask_iou": told["mean_mask_iou"],
-        "plain_torch_mean_mask_iou": round(plain.mean_mask_iou, 5),
+        "plain_torch_mean_mask_iou": None if plain is None else _rounded(plain.mean_mask_iou, 5),
         "agreement": told["agreement"],
         "peak_memory_mb": told["peak_memory_mb"],
-        "plain_torch_peak_memory_mb": round(plain.peak_memory_mb, 1),
+        "plain_torch_peak_memory_mb": None if plain is None else round(plain.peak_memory_mb, 1),
         "tokens": told["tokens"],
         "forward_calls": told["forward_calls"],
         "cold_start": cold,
         "by_threads": per_thread,
     }
+
+
+def raw(rows: Sequence[Row], names: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+    """Every timed run, a flat record each, for the CSV file. names: instead of the systems' own."""
+    known = names or {}
+    return [
+        {
+            "system": known.get(row.task.system, row.task.system),
+            "engine": row.engine.get("engine"),
+            "precision": row.engine.get("precision"),
+            "threads": row.task.threads,
+            "image": image,
+            "expression": place,
+            "asked": asked,
+            "seconds": round(run.seconds, 6),
+            "cpu_s": round(run.cpu, 6),
+            **{f"{stage}_s": _rounded(run.stages.get(stage), 6) for stage in STAGES},
+            **{f"{stage}_device_s": _rounded(run.device.get(stage), 6) for stage in STAGES},
+            "tokens": run.tokens,
+            "forward_calls": run.forward_calls,
+            "iou": round(run.iou, 5),
+        }
+        for row in rows
+        for asked, runs in (("first", row.first), ("second", row.second))
+        for (image, place), run in runs
+    ]
+
+
+def shown(value: float | None, form: str, unit: str = "") -> str:
+    """A number as text, "-" for None."""
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def percent(value: float | None) -> str:
+    """A share in per cent with two digits, "-" for None."""
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
 
 
 def _cell(spread: Spread | None) -> str:

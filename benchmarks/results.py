@@ -1,8 +1,13 @@
-"""The result files of ``--save NAME``: benchmarks/results/NAME.json with the command and the machine."""
+"""The result files of ``--save NAME``: benchmarks/results/NAME.json with the command and the machine.
+
+A benchmark that keeps every single run writes them to NAME.csv beside it, under the same lines as comments.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcr.errors import UsageError
-from ppcr.files import write_json
+from ppcr.files import write_json, write_text
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -38,7 +43,34 @@ def save(
     Raises:
         OutputError: the file cannot be written.
     """
-    command = shlex.join(["python", f"benchmarks/{script}", *words])
+    command = _command(script, words)
     RESULTS.mkdir(exist_ok=True)
     write_json(RESULTS / f"{name}.json", {"command": command, "machine": dict(machine), **record})
     print(f"results  {RESULTS.parent.name}/{RESULTS.name}/{name}.json")
+
+
+def save_runs(
+    name: str,
+    script: str,
+    words: Sequence[str],
+    machine: Mapping[str, Any],
+    runs: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write ``runs``, which share their keys, as CSV; command and machine precede them in lines with "#".
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    out = io.StringIO()
+    for key, value in {"command": _command(script, words), **machine}.items():
+        out.write(f"# {key}: {value}\n")
+    table = csv.DictWriter(out, list(runs[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(runs)
+    RESULTS.mkdir(exist_ok=True)
+    write_text(RESULTS / f"{name}.csv", out.getvalue())
+    print(f"runs     {RESULTS.parent.name}/{RESULTS.name}/{name}.csv")
+
+
+def _command(script: str, words: Sequence[str]) -> str:
+    return shlex.join(["python", f"benchmarks/{script}", *words])

@@ -1,9 +1,9 @@
 """One row of the latency benchmark in a process of its own, driven line by line.
 
-``worker.py TASK`` loads what TASK (a JSON file's path) describes, then answers each line of stdin (the index
-of an example and the order of its expressions) with one JSON line on stdout. So a row shares no memory, no
-warm cache and no thread pool with another, while the driver can still take turns between rows. torch is
-loaded by the plain torch row alone.
+``worker.py TASK`` loads what TASK (a JSON file's path) describes, then answers each line of stdin (a JSON
+list: one of REQUESTS, the index of an example, the order of its expressions) with one JSON line on stdout. So
+a row shares no memory, no warm cache and no thread pool with another, while the driver can still take turns
+between rows. torch is loaded by the rows of torch alone.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,10 +24,22 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.fixed_answers import fix_answers
 from ppcr import masks
+from runtime.pipeline import Pipeline
+from runtime.result import Result
+
+if TYPE_CHECKING:
+    from ppcr.model.reference import ReferenceResult
 
 PLAIN = "torch"
-"""The row of the plain torch pipeline; the other rows are called as their precisions."""
+"""The row of the plain torch pipeline, and its kind."""
+ENGINE, REUSED, FORCED = "engine", "torch, cache kept", "torch, cache kept, forced"
+"""Kinds of the other rows: a bundle on an engine; eager torch with one cache for both turns and every
+expression; the same with forced tokens fed in blocks."""
+ANSWER, TRACE = "answer", "trace"
+REQUESTS = (ANSWER, TRACE)
+"""Expressions of an image, timed; one expression, with the place of every call (`benchmarks.tracing`)."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +47,31 @@ class Task:
     """What a worker is to load.
 
     Attributes:
-        system: PLAIN, or a precision of the bundle.
+        system: the row's name.
         source: the checkpoint's folder for PLAIN, else the bundle's.
         examples: an .npz file with images uint8 [N, S, S, 3], truths bool [N, E, S, S] and expressions
             str [N, E].
         threads: processors to use.
+        kind: PLAIN, ENGINE, REUSED or FORCED. engine, precision: of ENGINE.
+        checkpoint: of REUSED and FORCED, whose bundle gives the rest, and of engines that read its weights.
+        device: of torch, "cpu" or "cuda".
+        overlap: whether the segmenter's encoder may run beside the MLLM.
+        together: all expressions of an image go in one call, whose time is shared out equally.
+        fixed: answers have fixed lengths (`benchmarks.fixed_answers`), for weights that say nothing.
     """
 
     system: str
     source: str
     examples: str
     threads: int
+    kind: str = ENGINE
+    engine: str = "onnxruntime"
+    precision: str = "auto"
+    checkpoint: str = ""
+    device: str = "cpu"
+    overlap: bool = True
+    together: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,35 +97,76 @@ class Run:
     mask: masks.RLE
 
 
-Segment = Callable[[str], Any]
-Opener = Callable[[npt.NDArray[np.uint8]], Segment]
-Reader = Callable[[Any], tuple[dict[str, float], dict[str, float], int, int]]
+Measures = tuple[dict[str, float], dict[str, float], int, int]
+"""Seconds waited for and at work by stage, tokens, forward calls."""
 
 
-def engine(task: Task) -> tuple[Opener, Reader]:
-    """Opener of images, and reader of results, of a bundle."""
-    from runtime.pipeline import Pipeline
-    from runtime.result import Result
+class View(Protocol):
+    """One image, looked at."""
 
-    pipeline = Pipeline.load(task.source, precision=task.system, threads=task.threads)
+    def segment(self, expression: str) -> Any: ...
 
-    def read(result: Result) -> tuple[dict[str, float], dict[str, float], int, int]:
-        timings = {name: timing for name, timing in result.timings.items() if name != "total"}
-        walls = {name: timing.wall for name, timing in timings.items()}
-        devices = {name: timing.device for name, timing in timings.items()}
-        return walls, devices, result.costs.tokens, result.costs.forward_calls
-
-    return lambda image: pipeline.open(image).segment, read
+    def segment_many(self, expressions: Sequence[str]) -> Sequence[Any]: ...
 
 
-def plain(task: Task) -> tuple[Opener, Reader]:
-    """Opener of images, and reader of results, of the torch reference."""
-    import torch
+@dataclass(frozen=True)
+class System:
+    """What a task has loaded.
 
-    from ppcr.model.reference import ReferencePipeline, ReferenceResult
+    Attributes:
+        open: looks at an image uint8 [H, W, 3]. read: what a result cost.
+        engine: what really runs ("engine", "precision", …). pipeline: None for the plain torch pipeline.
+    """
 
-    torch.set_num_threads(task.threads)
-    pipeline = ReferencePipeline.load(Path(task.source))
+    open: Callable[[npt.NDArray[np.uint8]], View]
+    read: Callable[[Any], Measures]
+    engine: Mapping[str, Any]
+    pipeline: Pipeline | None = None
+
+
+def load(task: Task) -> System:
+    """Load what ``task`` describes. Raises what loading it raises."""
+    if task.kind == PLAIN:
+        return plain(task)
+    if task.kind == ENGINE:
+        pipeline = Pipeline.load(
+            task.source,
+            precision=task.precision,
+            threads=task.threads,
+            engine=task.engine,
+            checkpoint=task.checkpoint or None,
+        )
+    else:
+        from benchmarks.torch_steps import eager_pipeline
+
+        pipeline = eager_pipeline(
+            Path(task.source),
+            Path(task.checkpoint),
+            threads=task.threads,
+            device=task.device,
+            forced=task.kind == FORCED,
+        )
+    if task.fixed:
+        fix_answers(pipeline.bundle.tokenizer)
+    if not task.overlap:
+        pipeline.background = None
+    return System(pipeline.open, _costs, pipeline.engine, pipeline)
+
+
+def _costs(result: Result) -> Measures:
+    timings = {name: timing for name, timing in result.timings.items() if name != "total"}
+    walls = {name: timing.wall for name, timing in timings.items()}
+    devices = {name: timing.device for name, timing in timings.items()}
+    return walls, devices, result.costs.tokens, result.costs.forward_calls
+
+
+def plain(task: Task) -> System:
+    """The torch reference: nothing is kept between turns, expressions or images."""
+    from benchmarks.torch_steps import EAGER, PlainView, plain_pipeline, precision_of
+
+    pipeline = plain_pipeline(Path(task.source), threads=task.threads, device=task.device)
+    if task.fixed:
+        fix_answers(pipeline.tokenizer)
     calls = 0
 
     def count(*_: object) -> None:
@@ -108,16 +175,62 @@ def plain(task: Task) -> tuple[Opener, Reader]:
 
     pipeline.mllm.register_forward_hook(count)
 
-    def read(result: ReferenceResult) -> tuple[dict[str, float], dict[str, float], int, int]:
+    def read(result: ReferenceResult) -> Measures:
         nonlocal calls
         called, calls = calls, 0
         tokens = len(result.semantic_ids) + len(result.spatial_ids)
         return result.seconds, result.seconds, tokens, called
 
-    def opened(image: npt.NDArray[np.uint8]) -> Segment:
-        return lambda expression: pipeline.segment(image, expression)
+    told = {"engine": EAGER, "precision": precision_of(pipeline)}
+    return System(lambda image: PlainView(pipeline, image), read, told)
 
-    return opened, read
+
+@dataclass(frozen=True)
+class Examples:
+    """The arrays of `Task.examples`."""
+
+    images: npt.NDArray[np.uint8]
+    truths: npt.NDArray[np.bool_]
+    expressions: npt.NDArray[np.str_]
+
+    @classmethod
+    def load(cls, path: str) -> Examples:
+        held = np.load(path)
+        return cls(held["images"], held["truths"], held["expressions"])
+
+    def texts(self, image: int, order: Sequence[int]) -> list[str]:
+        return [str(self.expressions[image, place]) for place in order]
+
+
+def answer(system: System, held: Examples, image: int, order: Sequence[int]) -> list[Run]:
+    """One expression after the other; the first answers for opening the image as well."""
+    runs = []
+    start, worked = time.perf_counter(), time.process_time()
+    view = system.open(held.images[image])
+    for place, expression in zip(order, held.texts(image, order), strict=True):
+        result = view.segment(expression)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - worked
+        runs.append(_run(system, result, seconds, cpu, held.truths[image, place]))
+        start, worked = time.perf_counter(), time.process_time()
+    return runs
+
+
+def together(system: System, held: Examples, image: int, order: Sequence[int]) -> list[Run]:
+    """All expressions in one call."""
+    start, worked = time.perf_counter(), time.process_time()
+    results = system.open(held.images[image]).segment_many(held.texts(image, order))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - worked
+    n = len(order)
+    return [
+        _run(system, result, seconds / n, cpu / n, held.truths[image, place])
+        for place, result in zip(order, results, strict=True)
+    ]
+
+
+def _run(system: System, result: Any, seconds: float, cpu: float, truth: npt.NDArray[np.bool_]) -> Run:
+    walls, devices, tokens, calls = system.read(result)
+    iou, mask = masks.iou(result.mask, truth), masks.encode_rle(result.mask)
+    return Run(seconds, cpu, walls, devices, tokens, calls, iou, mask)
 
 
 def main(path: str) -> int:
@@ -127,24 +240,22 @@ def main(path: str) -> int:
     # Whatever a library prints must not get among the answers.
     with _answers() as out:
         task = Task(**json.loads(Path(path).read_text(encoding="utf-8")))
-        held = np.load(task.examples)
-        images, truths, expressions = held["images"], held["truths"], held["expressions"]
+        held = Examples.load(task.examples)
         start = time.perf_counter()
-        opener, read = plain(task) if task.system == PLAIN else engine(task)
+        system = load(task)
         loaded = time.perf_counter() - start
-        _say(out, {"loaded_s": loaded, "torch_loaded": "torch" in sys.modules})
+        torch_loaded = "torch" in sys.modules
+        _say(out, {"loaded_s": loaded, "torch_loaded": torch_loaded, "engine": system.engine})
         for line in sys.stdin:
-            index, order = json.loads(line)
-            runs = []
-            start, worked = time.perf_counter(), time.process_time()
-            segment = opener(images[index])
-            for place in order:
-                result = segment(str(expressions[index, place]))
-                seconds, cpu = time.perf_counter() - start, time.process_time() - worked
-                walls, devices, tokens, calls = read(result)
-                iou, mask = masks.iou(result.mask, truths[index, place]), masks.encode_rle(result.mask)
-                runs.append(Run(seconds, cpu, walls, devices, tokens, calls, iou, mask))
-                start, worked = time.perf_counter(), time.process_time()
+            request, image, order = json.loads(line)
+            if request == TRACE:
+                from benchmarks.tracing import trace
+
+                assert system.pipeline is not None
+                (text,) = held.texts(image, order)
+                _say(out, trace(system.pipeline, held.images[image], text).to_json())
+                continue
+            runs = (together if task.together else answer)(system, held, image, order)
             _say(out, {"runs": [asdict(run) for run in runs], "peak_memory_mb": peak_memory_mb()})
     return 0
 

@@ -79,6 +79,36 @@ def test_latency(root: Path, bundle: Path, checkpoint: Path) -> None:
     # The fp32 engine answers as the reference does; that masks decoded here agree shows the rows' pairing.
     assert last["by_threads"]["1"]["fp32"]["agreement"] > 0.95
     assert lines[0].startswith("compared  fp32, int8: ")
+    assert last["engine"] == "onnxruntime" and last["left_out"] == {} and last["random_weights"] is False
+    assert not {"floor", "waterfall", "batch"} & set(last)
+
+
+def test_latency_with_everything_beside(root: Path, bundle: Path, checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    words = ("--images", 1, "--repeats", 1, "--threads", 2, "--precision", "fp32", "--batch", 5)
+    more = ("--floor", "--waterfall", "--timeline", tmp_path / "timeline.png")
+    lines, last = run_script(root, "latency", "--bundle", bundle, "--checkpoint", checkpoint, *words, *more)
+    floors = last["floor"]["2"]
+    assert floors["rates"]["cpu"]["matrix"]["fp32"] > 0 and floors["rates"]["cpu"]["threads"] == 2
+    stages = floors["fp32"]["stages"]
+    assert {"vision", "semantic"} <= set(stages) and all(one["floor_s"] > 0 for one in stages.values())
+    assert floors["fp32"]["floors_s"] == pytest.approx(sum(one["floor_s"] for one in stages.values()))
+    steps = {one["step"]: one for one in last["waterfall"]}
+    assert steps["+ CUDA graph of the step"]["not_run"] == "needs a GPU, not run"
+    run = {name: one for name, one in steps.items() if "not_run" not in one}
+    assert len(run) == 6 and run["plain torch"]["engine"] == "torch eager"
+    kept, forced = run["+ KV cache kept"], run["+ forced literals"]
+    assert forced["forward_calls"] <= kept["forward_calls"]
+    # The same weights in fp32 throughout: every step draws the same masks, or nearly.
+    assert kept["mean_mask_iou"] == pytest.approx(run["+ encoder beside the MLLM"]["mean_mask_iou"], abs=0.02)
+    assert run["+ expressions in one call"]["first"] is None
+    ways = last["batch"]["ways"]
+    assert last["batch"]["expressions"] == 5 and set(ways) == {"separate calls", "one scene", "one call"}
+    assert ways["one call"]["mean_mask_iou"] == pytest.approx(
+        ways["separate calls"]["mean_mask_iou"], abs=0.02
+    )
+    assert (tmp_path / "timeline.png").stat().st_size > 10_000
+    assert any(line.startswith("timeline  ") for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,302 @@
+"""Everything the latency benchmark measures of one model: rows, cold start, and what else was asked for."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks import card, floor, report, throughput, timeline, waterfall
+from benchmarks.examples import Example
+from benchmarks.rates import CPU, CUDA, Rates
+from benchmarks.rows import DEFAULT, RowPlan
+from benchmarks.worker import PLAIN, Task
+from benchmarks.workers import Measured, cold_start, measure_rows
+from ppcr.checkpoint import Checkpoint
+from ppcr.manifest import Manifest
+from runtime.engine_checks import graph_precision
+
+_TRACED = 8
+"""Images of which each row gives a trace, after its times have been taken."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for on the command line, as `benchmarks.latency` has it."""
+
+    repeats: int
+    threads: tuple[int, ...]
+    torch: bool = True
+    floor: bool = False
+    waterfall: bool = False
+    batch: int | None = None
+    timeline: Path | None = None
+
+    @property
+    def expressions(self) -> int:
+        """Expressions that each image needs."""
+        return max(2, waterfall.EXPRESSIONS if self.waterfall else 0, self.batch or 0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A bundle, what it was made from, and the rows it gives.
+
+    Attributes:
+        left_out: rows that cannot be tried, by name, with the reason. note: for the card; "" for none.
+        random: its weights say nothing: masks are not judged, and answers have fixed lengths.
+    """
+
+    bundle: Path
+    checkpoint: Checkpoint
+    manifest: Manifest
+    rows: tuple[RowPlan, ...]
+    left_out: Mapping[str, str]
+    note: str = ""
+    same_source: bool = True
+    random: bool = False
+
+    @property
+    def device(self) -> str:
+        """Where plain torch runs, and whose floors count: that of the first row."""
+        return CUDA if self.rows[0].on_gpu else CPU
+
+    @property
+    def plain_precision(self) -> str:
+        """Of plain torch there."""
+        return "bf16" if self.device == CUDA else "fp32"
+
+    @property
+    def stored(self) -> list[str]:
+        """Precisions of the bundle whose graphs the rows read."""
+        return list(dict.fromkeys(self.stored_as(row) for row in self.rows))
+
+    def stored_as(self, row: RowPlan) -> str:
+        """The bundle's precision that a row reads."""
+        return graph_precision(row.engine, self.manifest, row.precision)
+
+    @property
+    def default_row(self) -> RowPlan:
+        """The row that the summary is about: the bundle's own precision, on the first engine."""
+        wanted = self.manifest.default_precision
+        return next((row for row in self._first_engine if row.precision == wanted), self.rows[0])
+
+    @property
+    def ladder(self) -> list[RowPlan]:
+        """Rows as the waterfall climbs them: plain torch's precision first where there is a row of it."""
+        wanted = self.plain_precision
+        first = next((row for row in self._first_engine if row.precision == wanted), self.default_row)
+        return [first, *(row for row in self.rows if row != first)]
+
+    @property
+    def _first_engine(self) -> list[RowPlan]:
+        return [row for row in self.rows if row.engine == self.rows[0].engine]
+
+    def tasks(self, examples: Path, threads: int, *, torch: bool) -> list[Task]:
+        """A task for each row, and the plain torch pipeline's where that is wanted."""
+        common: dict[str, Any] = {
+            "examples": str(examples), "threads": threads, "fixed": self.random, "device": self.device,
+            "checkpoint": str(self.checkpoint.root),
+        }  # fmt: skip
+        tasks = [
+            Task(row.name, str(self.bundle), engine=row.engine, precision=row.precision, **common)
+            for row in self.rows
+        ]
+        plain = Task(PLAIN, str(self.checkpoint.root), kind=PLAIN, **common)
+        return [*tasks, plain] if torch else tasks
+
+
+def work_of(model: Model, scenes: Sequence[Example]) -> dict[str, dict[str, float]]:
+    """FLOPs of each stage (`benchmarks.card.flops`) for these scenes."""
+    texts = [
+        (one.text, one.semantic.text, len(one.targets)) for scene in scenes for one in scene.expressions[:2]
+    ]
+    return card.sizes_alone(model.checkpoint, texts) if model.random else card.loaded(model.checkpoint, texts)
+
+
+def measure(
+    model: Model, scenes: Sequence[Example], work: dict[str, dict[str, float]], wanted: Wanted
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure and print everything; the record for the results file, and every single run."""
+    with tempfile.TemporaryDirectory(prefix="ppcr-latency-") as name:
+        return _Measurement(model, scenes, work, wanted, Path(name)).run()
+
+
+class _Measurement:
+    """One model in one temporary folder; gathers figures and single runs."""
+
+    def __init__(
+        self,
+        model: Model,
+        scenes: Sequence[Example],
+        work: dict[str, dict[str, float]],
+        wanted: Wanted,
+        folder: Path,
+    ) -> None:
+        self.model, self.work, self.wanted, self.folder = model, work, wanted, folder
+        self.held, self.picture, self.expression = _write(scenes, folder)
+        self.images = len(scenes)
+        self.weights = {name: card.weights(model.manifest, name) for name in model.stored}
+        self.rows: list[report.RowFigures] = []
+        self.runs: list[dict[str, Any]] = []
+        self.left_out = dict(model.left_out)
+        self.floors: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        model, wanted = self.model, self.wanted
+        for threads in wanted.threads:
+            self._rows(threads)
+        threads, most = wanted.threads[0], max(wanted.threads)
+        default = self._present(threads)
+        cold = None
+        if not model.random:
+            # A model of random weights would not hold to the lengths of its answers there.
+            cold = cold_start(
+                model.bundle,
+                model.checkpoint.root.resolve(),
+                default.engine,
+                default.precision,
+                threads,
+                self.picture,
+                self.expression,
+            )
+            print("", report.cold_line(cold, default.name, threads), sep="\n")
+        summary = report.summary(self.rows, cold, default.name, threads)
+        if wanted.floor:
+            summary["floor"] = self.floors
+        if wanted.waterfall:
+            summary["waterfall"] = self._waterfall(most)
+        if wanted.batch is not None:
+            summary["batch"] = self._batch(wanted.batch, default, most)
+        summary |= {
+            "model": model.manifest.name,
+            "random_weights": model.random,
+            "note": model.note,
+            "left_out": self.left_out,
+            "same_source": model.same_source,
+        }
+        record = {
+            "weights_bytes": self.weights,
+            "flops": {stage: {k: round(v) for k, v in counts.items()} for stage, counts in self.work.items()},
+            "rows": [row.to_json() for row in self.rows],
+            "summary": summary,
+        }
+        return record, self.runs
+
+    def _rows(self, threads: int) -> None:
+        model, wanted = self.model, self.wanted
+        measured = measure_rows(
+            model.tasks(self.held, threads, torch=wanted.torch),
+            self.images,
+            wanted.repeats,
+            self.folder,
+            optional=model.random or any(row.engine != DEFAULT for row in model.rows),
+            traced=_TRACED if wanted.floor or wanted.timeline is not None else 0,
+            apart=model.random,
+        )
+        self.left_out |= measured.left_out
+        found = report.figures(measured.rows, judged=not model.random)
+        self.rows += found
+        self.runs += report.raw(measured.rows)
+        print("", *report.table(found), sep="\n")
+        for name, reason in self.left_out.items():
+            print(f"left out  {name}: {reason}")
+        if wanted.floor:
+            self.floors[str(threads)] = self._floors(threads, found, measured)
+        default = self._present(threads)
+        if wanted.timeline is not None and threads == max(wanted.threads):
+            self._timeline(wanted.timeline, default, threads, measured)
+        sys.stdout.flush()
+
+    def _present(self, threads: int) -> RowPlan:
+        """The default row, or the first one that could be loaded."""
+        measured = {row.system for row in self.rows if row.threads == threads}
+        default = self.model.default_row
+        return next(row for row in (default, *self.model.rows) if row.name in measured)
+
+    def _floors(self, threads: int, found: Sequence[report.RowFigures], measured: Measured) -> dict[str, Any]:
+        plans = {row.name: row for row in self.model.rows}
+        by_name = {one.system: one for one in found if one.system in plans}
+        held = {name: self._held(plans[name]) for name in by_name}
+        devices = {name: CUDA if plans[name].on_gpu else CPU for name in by_name}
+        rates: dict[str, Rates] = {}
+        for device in dict.fromkeys(devices.values()):
+            there = [listed for name, listed in held.items() if devices[name] == device]
+            sizes = sorted({round(size) for listed in there for size in listed.values()})
+            rates[device] = floor.measure_rates(device, threads, sizes)
+            print("", *floor.rates_lines(rates[device]), sep="\n")
+        told: dict[str, Any] = {"rates": {device: one.to_json() for device, one in rates.items()}}
+        for name, one in by_name.items():
+            stages = floor.floors(
+                self.work,
+                held[name],
+                measured.traces[name],
+                one.device,
+                rates[devices[name]],
+                plans[name].precision,
+            )
+            print("", *floor.table(name, stages, one.end_to_end.p50), sep="\n")
+            told[name] = floor.to_json(stages, one.end_to_end.p50)
+        return told
+
+    def _held(self, row: RowPlan) -> dict[str, float]:
+        """Bytes of weights by stage, as the engine of ``row`` holds them."""
+        stored, manifest = self.model.stored_as(row), self.model.manifest
+        if stored != row.precision and "fp32" in manifest.precisions:
+            stored = "fp32"  # the engine casts: its weights are best counted from those that are whole
+        sizes = floor.by_stage(card.weights(manifest, stored))
+        return {stage: floor.scaled(size, stored, row.precision) for stage, size in sizes.items()}
+
+    def _timeline(self, path: Path, row: RowPlan, threads: int, measured: Measured) -> None:
+        traces = measured.traces[row.name]
+        # One that found something, where there is one: all stages are in it.
+        trace = next((trace for trace in traces if "masks" in trace.wall), traces[0])
+        what = f"{self.model.manifest.name}, {row.engine} {row.precision}, threads: {threads}"
+        timeline.draw(trace, path, f"{what}; one image, one expression: {1e3 * trace.seconds:.1f} ms")
+        share = 100 * timeline.hidden(trace)
+        print(f"timeline  {path}: {share:.0f} % of the image encoder's work lies beside the MLLM's")
+
+    def _waterfall(self, threads: int) -> list[dict[str, Any]]:
+        model, wanted = self.model, self.wanted
+        checkpoint = model.checkpoint.root
+        listed = waterfall.steps(
+            model.bundle, checkpoint, model.ladder, self.held, threads, fixed=model.random
+        )
+        found, rows, left_out = waterfall.measure(
+            listed, self.images, wanted.repeats, self.folder, judged=not model.random, apart=model.random
+        )
+        self.runs += report.raw(rows, waterfall.names(listed))
+        print("", *waterfall.table(listed, found, left_out), sep="\n", flush=True)
+        return waterfall.to_json(listed, found, left_out)
+
+    def _batch(self, expressions: int, row: RowPlan, threads: int) -> dict[str, Any]:
+        task = next(
+            task for task in self.model.tasks(self.held, threads, torch=False) if task.system == row.name
+        )
+        images = min(self.images, throughput.MAX_IMAGES)
+        found = throughput.measure(
+            task, expressions, images, self.wanted.repeats, self.folder, judged=not self.model.random
+        )
+        print("", *throughput.table(row.name, threads, found), sep="\n", flush=True)
+        return throughput.to_json(row.name, threads, found)
+
+
+def _write(scenes: Sequence[Example], folder: Path) -> tuple[Path, Path, str]:
+    """The examples for the workers; a picture and an expression with a target for the cold start."""
+    held, picture = folder / "examples.npz", folder / "scene.png"
+    np.savez(
+        held,
+        images=np.stack([scene.image for scene in scenes]),
+        truths=np.stack([scene.truths for scene in scenes]),
+        expressions=np.array([[one.text for one in scene.expressions] for scene in scenes]),
+    )
+    choices = [(scene, one) for scene in scenes for one in scene.expressions]
+    scene, expression = next((pair for pair in choices if pair[1].targets), choices[0])
+    Image.fromarray(scene.image).save(picture)
+    return held, picture, expression.text
