@@ -7,6 +7,7 @@ the network alone is compared.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ class Official:
         from ppcr.model.sam_import import read_state_dict
 
         try:
-            from mobile_sam import sam_model_registry
+            package = importlib.import_module("mobile_sam")
         except ImportError as error:
             raise UsageError(
                 f"--official needs the package mobile_sam ({error}): install it from "
                 "https://github.com/ChaoningZhang/MobileSAM, or leave out --official"
             ) from None
-        model = sam_model_registry["vit_t"]()
+        model = package.sam_model_registry["vit_t"]()
         try:
             model.load_state_dict(read_state_dict(weights))
         except RuntimeError:
