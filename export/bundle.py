@@ -15,17 +15,19 @@ from pathlib import Path
 
 from export import precision as precisions
 from export.decoder_graph import OPSET, DecoderSizes, write_decoder
-from export.segmenter_graph import EXTERNAL, write_image_encoder, write_mask_decoder
+from export.segmenter_graph import write_image_encoder, write_mask_decoder
 from export.vision_graph import VisionSizes, write_vision
 from ppcr.checkpoint import Checkpoint
 from ppcr.errors import CheckpointError
 from ppcr.files import sha256_file, write_json
 from ppcr.manifest import (
+    DATA,
     EMBEDDING,
     EMBEDDING_KEY,
     MANIFEST,
     PREPROCESS,
     TOKENIZER,
+    WEIGHTS,
     FileEntry,
     Manifest,
     Parity,
@@ -65,8 +67,14 @@ class BundleWriter:
         return len(GRAPHS) * (1 + sum(precision != "fp32" for precision in wanted))
 
     def roles(self, precision: str) -> dict[str, str]:
-        """File of each role at ``precision``."""
-        return {role: precisions.file_name(name, precision) for role, name in GRAPHS.items()}
+        """File of each role at ``precision``, once the graphs are written."""
+        graphs = {role: precisions.file_name(name, precision) for role, name in GRAPHS.items()}
+        return self._with_weights(graphs)
+
+    def _with_weights(self, graphs: dict[str, str]) -> dict[str, str]:
+        """``graphs`` and the files of weights that lie beside them: a large segmenter's."""
+        beside = {f"{role}{WEIGHTS}": name + DATA for role, name in graphs.items()}
+        return {**graphs, **{role: name for role, name in beside.items() if (self.root / name).is_file()}}
 
     @cached_property
     def segmenter(self) -> AnySegmenter:
@@ -87,7 +95,7 @@ class BundleWriter:
         if "fp32" not in wanted:
             for name in GRAPHS.values():
                 (self.root / name).unlink()
-                (self.root / f"{name}{EXTERNAL}").unlink(missing_ok=True)
+                (self.root / f"{name}{DATA}").unlink(missing_ok=True)
         return shapes
 
     def write_common(self) -> None:

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from export.external import SUFFIX, ExternalData
+from export.external import ExternalData
 from export.graph import BOOL, FLOAT, INT64, GraphWriter
 from ppcr.errors import CheckpointError
+from ppcr.manifest import DATA
 from ppcr.tensors import Matrix, TensorFiles
 
 OPSET = 24
@@ -291,6 +292,6 @@ def write_decoder(
     """
     sizes = DecoderSizes.from_config(config)
     with ExitStack() as stack:
-        data = stack.enter_context(ExternalData(path.with_name(path.name + SUFFIX))) if external else None
+        data = stack.enter_context(ExternalData(path.with_name(path.name + DATA))) if external else None
         DecoderWriter(sizes, tensors, max_length=max_length, dtype=dtype, bits=bits, data=data).write(path)
     return sizes

@@ -13,7 +13,6 @@ from onnx import TensorProto
 
 # Engines map the file into memory, which asks for offsets at whole pages.
 _PAGE = 4096
-SUFFIX = ".data"
 
 
 class ExternalData:

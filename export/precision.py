@@ -80,9 +80,15 @@ def quantise_products(source: Path, target: Path, *, kept: str = "") -> None:
     """Run matrix products of ``source`` in int8, but those whose weight's name matches ``kept``."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph = onnx.load(source).graph
-    products = [node for node in graph.node if node.op_type in _OPERATORS]
-    left_out = [node.name for node in products if kept and re.search(kept, node.input[1])]
+    graph = onnx.load(source, load_external_data=False).graph
+    ranks = {constant.name: len(constant.dims) for constant in graph.initializer}
+    left_out = [
+        node.name
+        for node in graph.node
+        if node.op_type in _OPERATORS
+        # Stacks of small matrices, one for each head of an attention, gain nothing.
+        and ((kept and re.search(kept, node.input[1])) or ranks.get(node.input[1], 2) != 2)
+    ]
     with _quiet():
         quantize_dynamic(
             str(source),

@@ -16,13 +16,13 @@ import numpy as np
 from export import precision as precisions
 from export.bundle import GRAPHS, BundleWriter, Progress
 from export.decoder_graph import DecoderSizes, write_decoder
-from export.external import SUFFIX, ExternalData
+from export.external import ExternalData
 from export.formats import FORMATS
 from export.segmenter_graph import write_image_encoder, write_mask_decoder
 from export.vision_graph import VisionSizes, write_vision
 from ppcr.boxes import WRITTEN
 from ppcr.checkpoint import Checkpoint
-from ppcr.manifest import EMBEDDING_KEY, WEIGHTS, Shapes, vision_role
+from ppcr.manifest import DATA, EMBEDDING_KEY, WEIGHTS, Shapes, vision_role
 from ppcr.tensors import TensorFiles
 
 _SEGMENTER = ("image_encoder", "mask_decoder")
@@ -46,16 +46,13 @@ class PretrainedBundleWriter(BundleWriter):
         tower = precisions.file_name(GRAPHS["vision"], form.vision)
         further = self.checkpoint.config.mllm.sizes[1:]
         segmenter = {role: precisions.file_name(GRAPHS[role], form.segmenter) for role in _SEGMENTER}
-        # A large segmenter's weights lie beside its graph as well.
-        large = {role: name for role, name in segmenter.items() if _beside(self.root / name).is_file()}
         return {
             "vision": tower,
             **{vision_role(size): _of_size(tower, size) for size in further},
-            f"vision{WEIGHTS}": tower + SUFFIX,
+            f"vision{WEIGHTS}": tower + DATA,
             "decoder": decoder,
-            f"decoder{WEIGHTS}": decoder + SUFFIX,
-            **segmenter,
-            **{f"{role}{WEIGHTS}": name + SUFFIX for role, name in large.items()},
+            f"decoder{WEIGHTS}": decoder + DATA,
+            **self._with_weights(segmenter),
         }
 
     def write_graphs(self, wanted: Sequence[str]) -> Shapes:
@@ -114,14 +111,14 @@ class PretrainedBundleWriter(BundleWriter):
                     precisions.quantise(role, plain, self.root / target)
             if "fp32" not in formats:
                 plain.unlink()
-                _beside(plain).unlink(missing_ok=True)
+                plain.with_name(plain.name + DATA).unlink(missing_ok=True)
 
     def _write_embedding(self, path: Path) -> None:
         copy_tensor(self.checkpoint.mllm_tensors, self.checkpoint.embedding_name, path, EMBEDDING_KEY)
 
 
 def _beside(graph: Path) -> Path:
-    return graph.with_name(graph.name + SUFFIX)
+    return graph.with_name(graph.name + DATA)
 
 
 def _of_size(name: str, size: tuple[int, int]) -> str:

@@ -24,7 +24,10 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from export.absorbed import absorbed
 from kernels.op import using
+from ppcr.manifest import DATA
+from ppcr.model.sam import SamSegmenter
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter
 
 OPSET = 20
@@ -34,7 +37,6 @@ PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
 OUTPUTS = ("mask_logits", "scores")
 LARGEST = 1_900_000_000
 """Bytes of weights from which on they lie in a file of their own: SAM's largest encoder."""
-EXTERNAL = ".data"
 
 
 class _Encode(nn.Module):
@@ -85,8 +87,9 @@ def write_mask_decoder(segmenter: AnySegmenter, path: Path) -> None:
     t = torch.export.Dim("T", min=1, max=config.max_text)
     shapes = (*[None] * len(features), {0: n}, {0: n}, {0: n}, {0: n, 1: t}, {0: n, 1: t})
     names = (*features._fields, *PROMPTS)
+    form = absorbed(segmenter) if isinstance(segmenter, SamSegmenter) else segmenter
     # The shapes of `*arguments` are one tuple.
-    _export(_Decode(segmenter, type(features)), (*features, *prompts), path, names, OUTPUTS, (shapes,))
+    _export(_Decode(form, type(features)), (*features, *prompts), path, names, OUTPUTS, (shapes,))
 
 
 def _export(
@@ -123,7 +126,7 @@ def _save(model: onnx.ModelProto, path: Path) -> None:
         onnx.checker.check_model(model)
         onnx.save(model, path)
         return
-    beside = f"{path.name}{EXTERNAL}"
+    beside = f"{path.name}{DATA}"
     onnx.save(model, path, save_as_external_data=True, location=beside, all_tensors_to_one_file=True)
     onnx.checker.check_model(str(path))
 

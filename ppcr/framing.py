@@ -49,6 +49,10 @@ class Framing:
     def pixels(self, image: UInt8Image) -> Float32Array:
         """uint8 [H, W, 3] of ``size`` to the segmenter's input, f32 [3, h, w], normalised and padded."""
         config = self.config
+        if config.family == "sam2":
+            # Columns before rows, with eight bits in between, as torch resizes for SAM 2. Pillow begins with
+            # what leaves it less to do, and then a quarter of the pixels may round the other way.
+            image = images.resize(image, (self.size[0], self.content[1]))
         inner = images.normalise(images.resize(image, self.content), config.mean, config.std)
         if self.content == config.image_size:
             return inner

@@ -29,6 +29,8 @@ ROLES = ("vision", "decoder", "image_encoder", "mask_decoder")
 ENGINES = "python export/build_engines.py"
 """The graphs of every bundle. Further ones are named by `vision_role`, files of weights end in `WEIGHTS`."""
 WEIGHTS = "_weights"
+DATA = ".data"
+"""What the name of a graph's file of weights ends in, after the graph's own name."""
 REBUILD = "build it again with: python export/build_engines.py --force"
 
 
@@ -253,12 +255,15 @@ class Manifest:
     def verify(self, bundle: Path, precision: str | None = None) -> None:
         """Compare the directory with ``files``: nothing missing, changed or foreign.
 
-        Every file is checked for presence and size; those that ``precision`` reads (None: all) by hash too.
+        Every file is checked for presence and size; those that ``precision`` reads (None: all) by hash too,
+        the weights beside its graphs included.
 
         Raises:
             BundleError: names the first file that does not fit.
         """
-        hashed = set(self.files) if precision is None else {*COMMON, *self.paths(precision).values()}
+        read = self.files if precision is None else (*COMMON, *self.paths(precision).values())
+        # Weights beside a graph, whether or not they have a role of their own.
+        hashed = {*read, *(name + DATA for name in read)}
         for name, entry in self.files.items():
             path = bundle / name
             try:

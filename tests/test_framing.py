@@ -73,15 +73,19 @@ def test_faster_than_the_processor_of_transformers() -> None:
     assert seconds["ours"] < seconds["theirs"]
 
 
-@pytest.mark.parametrize("size", random_sizes(3, seed=2))
-def test_stretched_pixels_are_those_of_an_antialiased_resize(size: tuple[int, int]) -> None:
-    # What transformers' processor of SAM 2 asks torchvision for, which these pins leave out.
+@pytest.mark.parametrize("size", [(900, 500), (400, 2000), *random_sizes(3, seed=2)])
+def test_stretched_pixels_are_those_of_torch(size: tuple[int, int]) -> None:
+    # transformers' processor of SAM 2 runs on torchvision alone, which these pins leave out. On a CPU
+    # torchvision hands 8-bit images to this function of torch, which therefore stands for the processor.
     image = picture(size)
     found = eight_bit(Framing.of(size, STRETCHED).pixels(image))
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
     wanted = F.interpolate(planes, (1024, 1024), mode="bilinear", antialias=True, align_corners=False)
-    assert np.abs(found - wanted[0].round().numpy()).max() < 2.0
-    assert np.abs(found - wanted[0].numpy()).mean() < 0.5
+    assert wanted.dtype == torch.uint8
+    apart = np.abs(found - wanted[0].numpy())
+    # Torch keeps 15 bits of a weight, Pillow 22: where they round apart, it is by one step.
+    assert apart.max() < 1.01
+    assert (apart > 0.5).mean() < 0.04
 
 
 @pytest.mark.parametrize("size", random_sizes(20, seed=3))

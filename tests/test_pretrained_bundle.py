@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ import torch
 from export import pretrained_bundle
 from export.build_engines import main
 from export.bundle import GRAPHS
+from export.external import ExternalData
 from ppcr.boxes import iou
 from ppcr.checkpoint import Checkpoint
 from ppcr.config import PPCRConfig
-from ppcr.errors import CheckpointError, EngineError, UsageError
+from ppcr.errors import CheckpointError, EngineError, OutputError, UsageError
 from ppcr.files import write_json
 from ppcr.framing import Framing
 from ppcr.manifest import Manifest
@@ -164,6 +166,25 @@ def test_bfloat16_is_written_and_refused_in_one_line(built: tuple[Path, Path], t
         assert main([*options, "--precision", "bf16", "--no-parity"]) == 0
     with pytest.raises(EngineError, match="cannot run"):
         Pipeline.load(tmp_path / "bf16", precision="bf16", threads=1)
+
+
+def test_a_disk_that_is_full_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make_checkpoint("qwen2_5_vl", tmp_path / "checkpoint")
+    add, left = ExternalData.add, iter(range(9))
+
+    def until_full(self: ExternalData, *arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return add(self, *arguments)
+
+    monkeypatch.setattr(ExternalData, "add", until_full)
+    options = ["--checkpoint", str(checkpoint), "--output", str(tmp_path / "out"), "--no-parity"]
+    assert main([*options, "--precision", "fp16"]) == OutputError.exit_code
+    said = capsys.readouterr().err
+    assert "the disk is full; free some space" in said.splitlines()[-1]
+    assert next(left, None) is None and list(tmp_path.iterdir()) == [checkpoint]
 
 
 def test_checkpoints_that_cannot_be(

@@ -151,6 +151,23 @@ def test_features_of_an_image_are_not_repeated_for_its_prompts(exported: Exporte
         assert all(d.dim_value != cells for d in sizes.get(node.output[0], ())), node.name
 
 
+def test_cells_are_projected_for_the_image_alone(exported: Exported) -> None:
+    """Of the products with a matrix of weights, only drawing takes in all cells of every prompt."""
+    graph = onnx.load(exported.folder / "mask_decoder.onnx").graph
+    matrices = {constant.name for constant in graph.initializer if len(constant.dims) == 2}
+    shapes = {
+        value.name: [d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim]
+        for value in graph.value_info
+    }
+    cells, found = exported.segmenter.config.grid**2, set()
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.input[1] in matrices:
+            sizes = shapes[node.input[0]]
+            if f"{cells}*N" in sizes or ("N" in sizes and sizes[-2] == cells):
+                found.add(node.input[1])
+    assert found == {"mask_decoder.up_0.plain.weight"}
+
+
 def test_weights_too_large_for_one_file_lie_beside_it(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

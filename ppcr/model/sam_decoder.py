@@ -89,10 +89,14 @@ class SamMaskDecoder(nn.Module):
         tokens = position
         for layer in self.layers:
             tokens, image = layer(tokens, image, position, cell_position)
-        tokens = self.last_prompt_to_image(tokens, position, image, cell_position, self.last_norm)
-        scores = self.score_head(tokens[..., self.score_at, :]).float()
+        # Tokens that nothing is read from any more need not read the image once more.
+        used = slice(self.score_at, self.score_at + 1 + len(self.mask_heads))
+        tokens = self.last_prompt_to_image(
+            tokens[..., used, :], position[..., used, :], image, cell_position, self.last_norm
+        )
+        scores = self.score_head(tokens[..., 0, :]).float()
         scores = scores.sigmoid() if self.squash else scores.clamp(0.0, 1.0)
-        heads = enumerate(self.mask_heads, self.score_at + 1)
+        heads = enumerate(self.mask_heads, 1)
         weights = torch.stack([head(tokens[..., index, :]) for index, head in heads], dim=-1)
         logits = self._draw(image, features, weights)
         if self.stability is None:
