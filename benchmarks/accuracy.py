@@ -128,9 +128,9 @@ def _accuracy(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 def load(arguments: argparse.Namespace) -> System:
     """The system that the options name."""
     if arguments.checkpoint is None:
-        return Engine(
-            Pipeline.load(arguments.bundle, precision=arguments.precision, threads=arguments.threads)
-        )
+        # The figures are onnxruntime's, on every machine.
+        options = {"precision": arguments.precision, "threads": arguments.threads, "engine": "onnxruntime"}
+        return Engine(Pipeline.load(arguments.bundle, **options))
     reference = Reference.load(arguments.checkpoint)
     if arguments.threads is not None:
         import torch

@@ -32,6 +32,7 @@ from ppcr.data.graph import Split
 from ppcr.errors import CommandParser, UsageError, run_cli
 from ppcr.manifest import Manifest
 from runtime.bundle import DEFAULT_BUNDLE
+from runtime.threads import count_threads
 
 SPLIT: Split = "test"
 RANDOM_PRECISIONS = ("int4", "int8")
@@ -133,8 +134,8 @@ def _check(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} must be 1 or more, not {value}")
-    if min(arguments.threads) < 1:
-        raise UsageError(f"--threads must be 1 or more, not {min(arguments.threads)}")
+    for threads in arguments.threads:
+        count_threads(threads)
     for spec in arguments.random_weights or ():
         random_bundle.parse(spec)
     if arguments.random_weights is None:

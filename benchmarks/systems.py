@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ppcr import images, masks
+from ppcr import masks
 from ppcr.config import PPCRConfig
 from ppcr.framing import Framing
+from ppcr.patches import image_patches, nearest_size
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from ppcr.tensors import RowTable
 from ppcr.tokenizer import PromptTokenizer
@@ -160,17 +161,19 @@ class ReferenceView:
         import torch
 
         pipeline, tokenizer, config = self._pipeline, self._pipeline.tokenizer, self._pipeline.config.mllm
-        pixels = images.normalise(images.resize(self._image, config.image_size), config.mean, config.std)
-        patches = torch.from_numpy(images.patchify(pixels, config.patch, config.merge, config.temporal))
+        size = nearest_size((self._image.shape[0], self._image.shape[1]), config.sizes)
+        patches = torch.from_numpy(image_patches(self._image, size, config))
+        rows, columns = config.grid_of(size)
         asked = [
-            *tokenizer.prefix(config.image_tokens),
+            *tokenizer.prefix(rows * columns),
             *tokenizer.expression(expression, max_tokens=config.max_expression_tokens),
             *tokenizer.encode(semantic.text),
             *tokenizer.between_stages,
         ]
         constraint = tokenizer.spatial_constraint(semantic.count)
         with torch.inference_mode():
-            return tokenizer.spatial(pipeline.generate(asked, patches.to(pipeline.device), constraint))
+            found = pipeline.generate(asked, patches.to(pipeline.device), constraint, size=size)
+        return tokenizer.spatial(found, size)
 
 
 def segmenter_prompts(

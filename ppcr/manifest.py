@@ -15,7 +15,7 @@ from typing import Any
 
 from ppcr import __version__
 from ppcr.errors import BundleError
-from ppcr.files import sha256_file, write_json
+from ppcr.files import read_json, sha256_file, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -26,8 +26,8 @@ EMBEDDING_KEY = "weight"
 """The one tensor of ``mllm/embed.safetensors``, [vocabulary, hidden], in the type the checkpoint has it."""
 COMMON = (TOKENIZER, PREPROCESS, EMBEDDING)
 ROLES = ("vision", "decoder", "image_encoder", "mask_decoder")
-ENGINES = "python export/build_engines.py"
 """The graphs of every bundle. Further ones are named by `vision_role`, files of weights end in `WEIGHTS`."""
+ENGINES = "python export/build_engines.py"
 WEIGHTS = "_weights"
 DATA = ".data"
 """What the name of a graph's file of weights ends in, after the graph's own name."""
@@ -202,18 +202,8 @@ class Manifest:
         Raises:
             BundleError: missing, unreadable, of another version or for another target.
         """
-        path = bundle / MANIFEST
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise BundleError(
-                f"{bundle} is not a bundle (it has no {MANIFEST}): make one: python export/build_engines.py"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise BundleError(f"cannot read {path}: {error}; {REBUILD}") from None
-        if not isinstance(data, dict):
-            raise BundleError(f"{path} is not a JSON object; {REBUILD}")
-        manifest = cls.from_dict(data)
+        missing = f"{bundle} is not a bundle (it has no {MANIFEST}): make one: {ENGINES}"
+        manifest = cls.from_dict(read_json(bundle / MANIFEST, BundleError, missing=missing))
         if manifest.target != target:
             raise BundleError(f"this bundle was built for {manifest.target!r}, not for {target!r}: {REBUILD}")
         return manifest
@@ -231,7 +221,7 @@ class Manifest:
         wanted = precision or self.default_precision
         if wanted not in self.precisions:
             held = ", ".join(self.precisions)
-            raise BundleError(f"this bundle holds {held}, not {wanted!r}: build it with --precision {wanted}")
+            raise BundleError(f"this bundle holds {held}, not {wanted!r}: choose one of these, or build it anew")
         return self.precisions[wanted]
 
     def engine_set(self, target: str, precision: str | None = None) -> dict[str, EngineEntry]:

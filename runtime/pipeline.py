@@ -19,7 +19,7 @@ from PIL import Image
 
 from ppcr import boxes as frames
 from ppcr import images
-from ppcr.errors import BoxError, ExpressionError, UsageError
+from ppcr.errors import BoxError, ExpressionError
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from runtime.bundle import AUTO, Bundle
 from runtime.drawer import Drawer
@@ -27,6 +27,7 @@ from runtime.prompter import Prompter, Request
 from runtime.result import EngineFacts, Result
 from runtime.selection import UNGATED, load
 from runtime.session import Sessions
+from runtime.threads import count_threads
 from runtime.timing import Stopwatch
 
 ImageSource = str | os.PathLike[str] | Image.Image | npt.NDArray[Any]
@@ -91,9 +92,7 @@ class Pipeline:
         Raises:
             BundleError, EngineError, UsageError: each says what to do.
         """
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads must be 1 or more, not {threads}")
-        count = threads or len(os.sched_getaffinity(0))
+        count = count_threads(threads)
         source = None if checkpoint is None else Path(checkpoint)
         started = load(bundle, engine, precision=precision, threads=count, checkpoint=source)
         return cls(

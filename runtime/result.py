@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,8 +156,9 @@ class Result:
         finally:
             if part is not None:
                 shutil.rmtree(part, ignore_errors=True)
-            if made and not any(target.iterdir()):
-                target.rmdir()
+            if made:
+                with suppress(OSError):  # it holds something already, or went away meanwhile
+                    target.rmdir()
         return target / OVERLAY
 
     def _write(self, part: Path) -> list[str]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
+from ppcr.errors import UsageError
+
 _BYTES_PER_THREAD = 32 << 20
+_MOST = 256
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,19 @@ class Threads:
     step: int
     image_encoder: int
     mask_decoder: int
+
+
+def count_threads(wanted: int | None) -> int:
+    """Processors to use: those asked for, by default all that this process may use.
+
+    Raises:
+        UsageError: fewer than 1, or so many that starting them would stop the machine.
+    """
+    processors = len(os.sched_getaffinity(0))
+    most = max(processors, _MOST)
+    if wanted is not None and not 1 <= wanted <= most:
+        raise UsageError(f"threads must be 1 to {most}, not {wanted}")
+    return wanted or processors
 
 
 def share_threads(threads: int, decoder_bytes: int) -> Threads:

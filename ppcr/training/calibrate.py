@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from ppcr.data.expressions import sample_expressions
 from ppcr.data.graph import sample_scene
+from ppcr.errors import run_cli
 from ppcr.model.checkpoint import load_mllm, save_mllm
 from ppcr.model.mllm import TinyMLLM, text_hidden, vision_features
 from ppcr.model.slot_attention import SLOTS
@@ -99,7 +100,11 @@ def calibrate(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m ppcr.training.calibrate``."""
+    """Command line of ``python -m ppcr.training.calibrate``; returns the exit code."""
+    return run_cli(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="ppcr.training.calibrate", description=__doc__)
     parser.add_argument("--mllm", type=Path, required=True, help="folder of the trained MLLM")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from ppcr.data.expressions import sample_expressions
 from ppcr.data.graph import sample_scene
+from ppcr.errors import run_cli
 from ppcr.model.checkpoint import save_mllm
 from ppcr.model.mllm import TinyMLLM, build_mllm
 from ppcr.model.tokenizer import save_tokenizer, train_tokenizer
@@ -190,7 +191,11 @@ def _save(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of ``python -m ppcr.training.mllm``."""
+    """Command line of ``python -m ppcr.training.mllm``; returns the exit code."""
+    return run_cli(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="ppcr.training.mllm", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/mllm"))
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppcr.errors import UsageError, run_cli
 from ppcr.model.prompt_encoder import SPATIAL_TOKENS
 from ppcr.model.segmenter import Segmenter, SegmenterConfig
 from ppcr.training.common import (
@@ -128,7 +129,7 @@ class Trainer:
 
     def _restore(self, state: dict[str, object]) -> int:
         if state["train"] != self.recipe.train:
-            raise ValueError(f"{self.output} holds a run with --train {state['train']}: use another --output")
+            raise UsageError(f"{self.output} holds a run with --train {state['train']}: use another --output")
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
         self.aids.load_state_dict(state["aids"])  # type: ignore[arg-type]
         self.ema.load_state_dict(state["ema"])  # type: ignore[arg-type]
@@ -286,6 +287,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of ``python -m ppcr.training.segmenter``; returns the exit code."""
+    return run_cli(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = vars(parse(arguments))
     names = ("mllm", "output", "init", "rebase_from", "device", "threads")
     mllm, output, init, rebase_from, device, threads = (options.pop(name) for name in names)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
 from ppcr.data.expressions import sample_expressions
 from ppcr.data.graph import sample_scene
+from ppcr.errors import CheckpointError
 from ppcr.model.segmenter import Segmenter
 
 _EMBEDDING = "embed_tokens.weight"
@@ -23,13 +24,17 @@ def read_embedding(folder: Path) -> Tensor:
     """The input embedding f32[V, E] of a Hugging Face folder with one model.safetensors.
 
     Raises:
-        ValueError: no tensor of that name.
+        CheckpointError: no such file, or not one tensor of that name.
     """
-    with safe_open(folder / "model.safetensors", framework="pt") as tensors:
-        names = [name for name in tensors.keys() if name.endswith(_EMBEDDING)]
-        if len(names) != 1:
-            raise ValueError(f"{folder}/model.safetensors has {len(names)} tensors *{_EMBEDDING}, need one")
-        embedding: Tensor = tensors.get_tensor(names[0]).float()
+    path = folder / "model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            names = [name for name in tensors.keys() if name.endswith(_EMBEDDING)]
+            if len(names) != 1:
+                raise CheckpointError(f"{path} has {len(names)} tensors *{_EMBEDDING}, need one")
+            embedding: Tensor = tensors.get_tensor(names[0]).float()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; train the MLLM first") from None
     return embedding
 
 
