@@ -16,25 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.fold import fold_tokens
-from kernels.image_to_prompt import write_folded, write_heads
+from kernels.library import KERNELS
 from kernels.plan import Variant
-from kernels.prompt_to_image import merge, read_folded, read_heads
-from kernels.token_blocks import attend_tokens, mlp_tokens
 
-KERNELS: dict[str, Any] = {
-    kernel.__name__: kernel
-    for kernel in (
-        fold_tokens,
-        read_folded,
-        read_heads,
-        merge,
-        write_folded,
-        write_heads,
-        attend_tokens,
-        mlp_tokens,
-    )  # fmt: skip
-}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Compute capability -> most shared memory of a block in bytes (CUDA programming guide, table of limits)."""
 

@@ -141,6 +141,11 @@ class Variant:
     warps: int = 4
     stages: int = 2
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch says beside the arguments."""
+        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
+
 
 def read_variants(
     p: Problem, plan: ReadPlan, *, mask: bool = False, after: bool = False
