@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, helper
 
 DOMAIN, NAME, VERSION = "ppcr", "PromptFeatureAttention", 1
@@ -19,8 +20,10 @@ INPUTS = (
 )  # fmt: skip
 MATRICES = ("q_weight", "k_weight", "v_weight", "out_weight")
 ATTRIBUTES = ("heads", "scale", "eps", "direction")
-"""heads of q, k and v; scale of the queries; eps of the norm; direction of `kernels.reference`, which a plugin
-asks for: the body is the same both ways."""
+"""heads of q, k and v; scale of the queries; eps of the norm; direction of `kernels.reference`, for a plugin:
+the body is the same both ways."""
+
+Shape = tuple[int | str, ...]
 
 
 def attention_function(opset: int) -> onnx.FunctionProto:
@@ -62,8 +65,18 @@ def attention_function(opset: int) -> onnx.FunctionProto:
 
 
 def add_function(model: onnx.ModelProto) -> None:
-    """Give ``model`` the function's body if it has such nodes."""
-    if any(True for _ in attention_nodes(model)):
+    """Give ``model`` the function's body if it has such nodes, and the nodes the names of their layers."""
+    names = {}
+    for node in attention_nodes(model):
+        node.name = node.input[INPUTS.index("q_weight")].removesuffix(".q.weight")
+        names[node.output[0]] = f"{node.name}.result"
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            for index, value in enumerate(values):
+                values[index] = names.get(value, value)
+    for value in model.graph.value_info:
+        value.name = names.get(value.name, value.name)
+    if names:
         opset = next(entry.version for entry in model.opset_import if entry.domain == "")
         model.functions.append(attention_function(opset))
 
@@ -73,9 +86,25 @@ def attention_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     return (node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, NAME))
 
 
+def attention_shapes(model: onnx.ModelProto) -> dict[str, list[Shape]]:
+    """Shapes of each node's inputs by its name; dynamic sizes are names."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes: dict[str, Shape] = {value.name: tuple(value.dims) for value in model.graph.initializer}
+    for value in (*inferred.value_info, *inferred.input):
+        shapes[value.name] = tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
+    return {node.name: [shapes[name] for name in node.input] for node in attention_nodes(model)}
+
+
 def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
     """``model`` with the bodies in place of the nodes, for tools that look at operators one by one."""
-    return onnx.inliner.inline_local_functions(model) if model.functions else model
+    if not model.functions:
+        return model
+    plain = onnx.inliner.inline_local_functions(model)
+    for node in plain.graph.node:
+        node.name = node.name or f"node_{node.output[0]}"
+    for opset in [opset for opset in plain.opset_import if opset.domain == DOMAIN]:
+        plain.opset_import.remove(opset)
+    return plain
 
 
 def _constant(name: str, kind: str) -> Iterator[onnx.NodeProto]:

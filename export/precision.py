@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.attention_function import inlined
 from ppcr.int8 import fit
 
 PRECISIONS = ("fp32", "int8")
@@ -80,12 +81,12 @@ def quantise_products(source: Path, target: Path, *, kept: str = "") -> None:
     """Run matrix products of ``source`` in int8, but those whose weight's name matches ``kept``."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph = onnx.load(source).graph
-    products = [node for node in graph.node if node.op_type in _OPERATORS]
+    model = inlined(onnx.load(source))
+    products = [node for node in model.graph.node if node.op_type in _OPERATORS]
     left_out = [node.name for node in products if kept and re.search(kept, node.input[1])]
     with _quiet():
         quantize_dynamic(
-            str(source),
+            model,
             str(target),
             op_types_to_quantize=_OPERATORS,
             per_channel=True,

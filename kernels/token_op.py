@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import op
-from kernels.plan import MAX_TOKENS, ceil, fits, token_variants
+from kernels.plan import ceil, fits, most_tokens, token_variants
 from kernels.reference import Weights, layer_norm, split_heads
 from kernels.schedule import LOG2_E
 
@@ -37,7 +37,8 @@ def token_mlp(
 
 
 def _fits_attention(x: Tensor, heads: int) -> bool:
-    return fits(x.shape[-1], heads, x.shape[-1] // heads) and x.shape[-2] <= MAX_TOKENS
+    *_, tokens, dim = x.shape
+    return fits(dim, heads, dim // heads) and tokens <= most_tokens(dim, x.element_size())
 
 
 def _fits_mlp(x: Tensor, w1: Tensor) -> bool:
