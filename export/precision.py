@@ -81,12 +81,14 @@ def quantise_products(source: Path, target: Path, *, kept: str = "") -> None:
     """Run matrix products of ``source`` in int8, but those whose weight's name matches ``kept``."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    model = inlined(onnx.load(source))
-    products = [node for node in model.graph.node if node.op_type in _OPERATORS]
+    model = onnx.load(source, load_external_data=False)
+    plain = inlined(model)
+    products = [node for node in plain.graph.node if node.op_type in _OPERATORS]
     left_out = [node.name for node in products if kept and re.search(kept, node.input[1])]
     with _quiet():
         quantize_dynamic(
-            model,
+            # With the products of functions written out; only small graphs have such.
+            plain if model.functions else str(source),
             str(target),
             op_types_to_quantize=_OPERATORS,
             per_channel=True,

@@ -5,10 +5,12 @@ The decoder stays with onnxruntime: OpenVINO does not know TensorScatter, which 
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import openvino as ov
 
 from ppcr.errors import BundleError
@@ -25,10 +27,10 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
     if bundle.manifest.shapes.deepstack or len(bundle.config.mllm.sizes) > 1:
         raise BundleError("the OpenVINO engine takes MLLMs of one image size without DeepStack alone")
     core = ov.Core()
-    compiled = {
-        role: _compile(core, bundle.graphs[role], threads)
-        for role in ("vision", "image_encoder", "mask_decoder")
-    }
+    compiled = {role: _compile(core, bundle.graphs[role], threads) for role in ("vision", "image_encoder")}
+    with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:
+        plain = _write_out(bundle.graphs["mask_decoder"], Path(folder))
+        compiled["mask_decoder"] = _compile(core, plain, threads)
     mllm = OpenVinoMLLM(compiled["vision"], bundle, threads=threads)
     segmenter = OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"])
     # An int8 bundle stays called so, though what it leaves in floating point may run in bf16.
@@ -47,6 +49,19 @@ def _compile(core: ov.Core, path: Path, threads: int) -> ov.CompiledModel:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"OpenVINO {ov.__version__} cannot read {path}: {reason}; {REBUILD}") from error
+
+
+def _write_out(path: Path, folder: Path) -> Path:
+    """A copy of a graph in ``folder`` whose functions are written out: OpenVINO does not read functions."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.optimized_model_filepath = str(folder / path.name)
+    try:
+        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own errors have no common class
+        reason = str(error).strip().splitlines()[-1]
+        raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
+    return folder / path.name
 
 
 def precision(core: ov.Core) -> str:
