@@ -55,6 +55,7 @@ def _write_out(path: Path, folder: Path) -> Path:
     """A copy of a graph in ``folder`` whose functions are written out: OpenVINO does not read functions."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / path.name)
     try:
         ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
