@@ -20,7 +20,8 @@ from export.attention_function import INPUTS, MATRICES, Shape, attention_nodes
 from kernels.plan import MAX_TOKENS, Problem, fits, plan_read, plan_write
 from kernels.reference import IMAGE_TO_PROMPT, PROMPT_TO_IMAGE
 from kernels.schedule import EXPRESSIONS, Each, Layout, Number, Schedule, read_schedule, write_schedule
-from ppcr.errors import EngineError
+from ppcr.errors import BundleError, EngineError
+from ppcr.manifest import REBUILD
 from runtime.attention_plugin import Launch, Package
 
 _DTYPES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
@@ -29,6 +30,12 @@ _OPERANDS = {
     PROMPT_TO_IMAGE: ("tokens", "token_position", "image", "image_position"),
     IMAGE_TO_PROMPT: ("image", "image_position", "tokens", "token_position"),
 }
+
+
+def require_attention(graph: Path) -> None:
+    """Raise BundleError unless the mask decoder ``graph`` has attentions that a plugin can take."""
+    if not any(True for _ in attention_nodes(onnx.load(graph, load_external_data=False))):
+        raise BundleError(f"{graph} was written before its attention was a function: {REBUILD}")
 
 
 def packages(

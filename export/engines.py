@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from export.attention_plugin import parser_environment
+from export.attention_plugin import parser_environment, require_attention
 from export.engine_job import Job, Range
 from export.engine_layers import Built
 from export.extend import held_files, link_files
@@ -81,7 +81,10 @@ def add_engines(
         BundleError: no bundle, changed files, or no fp32 graphs. EngineError: a build failed.
     """
     manifest = Manifest.load(bundle)
-    manifest.verify(bundle, _source_precision(manifest, precision))
+    source = _source_precision(manifest, precision)
+    manifest.verify(bundle, source)
+    if OPTION in options:
+        require_attention(bundle / manifest.paths(source)["mask_decoder"])
     with atomic_directory(bundle, marker=MANIFEST) as part:
         link_files(bundle, part)
         folder = part / "engines" / target
