@@ -17,19 +17,10 @@ from kernels.schedule import Layout, Schedule, read_schedule, write_schedule
 
 
 def run(
-    x: Tensor,
-    x_position: Tensor,
-    y: Tensor,
-    y_position: Tensor,
-    weights: Weights,
-    *,
-    direction: str,
-    heads: int,
-    eps: float,
-    mask: Tensor | None = None,
-    after: Tensor | None = None,
+    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, weights: Weights, *, direction: str,
+    heads: int, eps: float, mask: Tensor | None = None, after: Tensor | None = None,
     plan: ReadPlan | WritePlan | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`kernels.reference.attend_and_norm` on the kernels; `plan` overrules the one chosen for the problem."""
     weights = Weights(*(w.contiguous() for w in weights))
     if direction == PROMPT_TO_IMAGE:

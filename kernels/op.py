@@ -59,18 +59,9 @@ def using(mode: str) -> Iterator[None]:
 
 
 def prompt_feature_attention(
-    x: Tensor,
-    x_position: Tensor,
-    y: Tensor,
-    y_position: Tensor,
-    weights: Weights,
-    *,
-    direction: str,
-    heads: int,
-    eps: float = 1e-5,
-    mask: Tensor | None = None,
-    after: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, weights: Weights, *, direction: str,
+    heads: int, eps: float = 1e-5, mask: Tensor | None = None, after: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """LayerNorm(x + attention of x over y) [+ after]; shapes and masks as in `attend_and_norm`.
 
     Raises:
@@ -140,12 +131,8 @@ def _op(
 
 
 @_op.register_fake
-def _shape(
-    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor,
-    q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
-    out_weight: Tensor, out_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    mask: Tensor | None, after: Tensor | None, direction: str, heads: int, eps: float,
-) -> Tensor:  # fmt: skip
+def _shape(x: Tensor, x_position: Tensor, y: Tensor, *others: Any) -> Tensor:
+    direction = next(value for value in others if isinstance(value, str))
     return x.new_empty(_shape_of(x, y, direction))
 
 
@@ -166,17 +153,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
     def forward(*given: Tensor) -> Tensor:
         x, x_position, y, y_position, *weights = given
-        return attend_and_norm(
-            x,
-            x_position,
-            y,
-            y_position,
-            Weights(*weights),
-            direction=direction,
-            heads=heads,
-            eps=eps,
-            mask=mask,
-        )
+        given_weights = Weights(*weights)
+        settings: dict[str, Any] = {"direction": direction, "heads": heads, "eps": eps, "mask": mask}
+        return attend_and_norm(x, x_position, y, y_position, given_weights, **settings)
 
     pull_back = torch.func.vjp(forward, *tensors)[1]
     after = None if ctx.after_shape is None else gradient.sum_to_size(ctx.after_shape)

@@ -100,7 +100,7 @@ def test_graphs_tell_nothing_of_where_they_were_made(graphs: Path) -> None:
 def test_function_leaves_nothing_for_the_engine_to_call(
     segmenter: Segmenter, graphs: Path, tmp_path: Path
 ) -> None:
-    """onnxruntime puts the body in the node's place first: it runs what a file without functions would give."""
+    """onnxruntime puts the body in the node's place first, and runs what a file without functions gives."""
     model = onnx.load(graphs / "mask_decoder.onnx")
     names = [node.name for node in attention_nodes(model)]
     layers = [
