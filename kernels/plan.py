@@ -211,9 +211,10 @@ def token_variants(tokens: int, dim: int, heads: int, hidden: int, itemsize: int
 def most_tokens(dim: int, itemsize: int) -> int:
     """Most tokens whose attention among themselves is one tile; more are left to plain torch.
 
-    Wide tokens, and those of four bytes, fill registers and shared memory sooner.
+    Wide tokens, and those of four bytes, fill registers and shared memory sooner: 32 of 256 columns would not
+    fit a block of sm_120.
     """
-    return MAX_TOKENS // max(1, dim // 128) // max(1, itemsize // 2)
+    return MAX_TOKENS // max(1, dim // 128) ** 2 // max(1, itemsize // 2)
 
 
 def launches(p: Problem, plan: ReadPlan | WritePlan) -> int:

@@ -38,6 +38,7 @@ class Each:
 
 EXPRESSIONS = Each()
 Number = int | Each
+Arguments = tuple[str | Number | float | None, ...]
 
 
 def blocks(count: Number, size: int) -> Number:
@@ -52,7 +53,7 @@ class Step:
     name: str
     variant: Variant
     grid: tuple[Number, ...]
-    arguments: tuple[str | Number | float | None, ...]
+    arguments: Arguments
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,9 @@ def read_schedule(p: Problem, plan: ReadPlan, at: Layout, eps: float) -> Schedul
         "lse": Workspace((e, plan.splits, n, p.heads), wide=True),
     }
     row_blocks, scale = blocks(rows, plan.block_rows), LOG2_E / math.sqrt(p.head_dim)
-    steps = []
+    steps: list[Step] = []
+    read: Arguments
+    grid: tuple[Number, ...]
     if plan.folded:
         spaces["folded"] = Workspace((e, p.heads, n, p.dim), wide=False)
         weights = "q_weight", "q_bias", "k_weight", None, None, None, None
@@ -133,8 +136,8 @@ def write_schedule(p: Problem, plan: WritePlan, at: Layout, eps: float) -> Sched
     grid = ceil(m, plan.block_cells), e
     if not plan.folded:
         scale = LOG2_E / math.sqrt(p.head_dim)
-        write = "image", "image_position", "q_weight", "q_bias", "k", "v", mask, "out_weight"
-        return Schedule({}, (Step("write", variants["write"], grid, (*write, *close, scale, eps, *groups)),))
+        heads = "image", "image_position", "q_weight", "q_bias", "k", "v", mask, "out_weight"
+        return Schedule({}, (Step("write", variants["write"], grid, (*heads, *close, scale, eps, *groups)),))
     spaces = {
         "folded": Workspace((e, p.heads, n, p.dim), wide=False),
         "value": Workspace((e, p.heads, n, p.dim), wide=False),

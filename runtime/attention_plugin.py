@@ -207,8 +207,10 @@ def _plugin(trt: Any) -> Any:
         """One attention: its package, and its kernels once they are loaded."""
 
         def __init__(self, package: Package, kernels: Kernels | None = None) -> None:
-            for base in type(self).__bases__:
-                base.__init__(self)
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuild.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
             self.plugin_name, self.plugin_version, self.plugin_namespace = NAME, VERSION, ""
             self.num_outputs = 1
             self.package, self.kernels = package, kernels or Kernels(package)
@@ -250,8 +252,9 @@ def _plugin(trt: Any) -> Any:
             pass
 
         def get_fields_to_serialize(self) -> Any:
-            data = np.frombuffer(self.package.to_bytes(), np.int8)
-            field = trt.PluginField("package", data, trt.PluginFieldType.INT8)
+            # A field points at memory and does not keep it.
+            self.serialised = np.frombuffer(self.package.to_bytes(), np.int8)
+            field = trt.PluginField("package", self.serialised, trt.PluginFieldType.INT8)
             return trt.PluginFieldCollection([field])
 
         def enqueue(
