@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import openvino as ov
 
 from ppcr.errors import BundleError
 from ppcr.manifest import REBUILD
 from runtime.bundle import Bundle
-from runtime.onnxruntime_session import OnnxMLLM, load_decoder
+from runtime.onnxruntime_session import OnnxMLLM, load_decoder, write_out_functions
 from runtime.session import Float32Array, Prompts, Sessions
 
 _PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
@@ -28,8 +27,8 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         raise BundleError("the OpenVINO engine takes MLLMs of one image size without DeepStack alone")
     core = ov.Core()
     compiled = {role: _compile(core, bundle.graphs[role], threads) for role in ("vision", "image_encoder")}
-    with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:
-        plain = _write_out(bundle.graphs["mask_decoder"], Path(folder))
+    with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:  # OpenVINO reads no functions
+        plain = write_out_functions(bundle.graphs["mask_decoder"], Path(folder))
         compiled["mask_decoder"] = _compile(core, plain, threads)
     mllm = OpenVinoMLLM(compiled["vision"], bundle, threads=threads)
     segmenter = OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"])
@@ -49,20 +48,6 @@ def _compile(core: ov.Core, path: Path, threads: int) -> ov.CompiledModel:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"OpenVINO {ov.__version__} cannot read {path}: {reason}; {REBUILD}") from error
-
-
-def _write_out(path: Path, folder: Path) -> Path:
-    """A copy of a graph in ``folder`` whose functions are written out: OpenVINO does not read functions."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / path.name)
-    try:
-        ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own errors have no common class
-        reason = str(error).strip().splitlines()[-1]
-        raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
-    return folder / path.name
 
 
 def precision(core: ov.Core) -> str:
