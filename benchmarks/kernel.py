@@ -200,7 +200,7 @@ def resources(targets: Sequence[int]) -> list[dict[str, Any]]:
 
 def variants(problems: Sequence[Problem], *, masks: Sequence[bool] = (True,)) -> list[tuple[int, Variant]]:
     """Each compiled form that runs ``problems``, once, with the width it is for."""
-    found = {}
+    found: dict[object, tuple[int, Variant]] = {}
     for p in problems:
         tokens = min(p.tokens, most_tokens(p.dim, p.itemsize))
         here = list(token_variants(tokens, p.dim, p.heads, SegmenterConfig().mlp, p.itemsize).values())

@@ -86,7 +86,12 @@ def _as_node(
 ) -> Tensor:  # fmt: skip
     """The node of an exported graph; its matrices are [in, out], as products of ONNX read them."""
     head_dim = weights.q_weight.shape[0] // heads
-    attributes = {"heads": heads, "scale": 1.0 / math.sqrt(head_dim), "eps": eps, "direction": direction}
+    attributes: dict[str, Any] = {
+        "heads": heads,
+        "scale": 1.0 / math.sqrt(head_dim),
+        "eps": eps,
+        "direction": direction,
+    }
     return torch.onnx.ops.symbolic(
         NODE, (x, x_position, y, y_position, *(w.t() if w.dim() == 2 else w for w in weights)),
         attributes, dtype=x.dtype, shape=_shape_of(x, y, direction), version=1,
