@@ -31,12 +31,23 @@ from benchmarks import machine, results
 from benchmarks.kernel_cases import BOUNDS, DTYPES
 from benchmarks.kernel_count import decoder_kernels
 from benchmarks.kernel_floor import H200, floor_of, two_way
-from kernels.plan import Problem, plan_read, plan_write, read_variants, token_variants, write_variants
+from kernels.plan import (
+    Problem,
+    Variant,
+    most_tokens,
+    plan_read,
+    plan_write,
+    read_variants,
+    token_variants,
+    write_variants,
+)
 from kernels.reference import DIRECTIONS
 from ppcr.errors import CommandParser, EngineError, ParityError, UsageError, run_cli
+from ppcr.model.segmenter import SegmenterConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = (80, 90, 120)
+COMPILED = ("fp16", "bf16")
 UNTIMED = "compiled for sm_90, checked in the interpreter, not yet timed"
 COUNTS = (1, 8, 64)
 SHIPPED = Problem(1, 1, True, 13, 1024, 128, 4, 16, 2)
@@ -176,22 +187,28 @@ def error_table(errors: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def resources(targets: Sequence[int]) -> list[dict[str, Any]]:
-    """Resources of each kernel at the shipped sizes and SAM's, in fp16, for each target."""
+    """Resources of each kernel at the shipped sizes and SAM's, in fp16 and bf16, for each target."""
     from kernels.compiled import compile_variant
 
-    rows, seen = [], set()
-    for capability in targets:
-        for problem in (SHIPPED, SAM, SAM_LONG):
-            read = read_variants(problem, plan_read(problem), mask=True)
-            write = write_variants(problem, plan_write(problem), mask=True, after=True)
-            tokens = token_variants(min(problem.tokens, 64), problem.dim, problem.heads, 256, 2)
-            for variant in (*read.values(), *write.values(), *tokens.values()):
-                key = capability, variant.kernel, tuple(sorted(variant.constants.items()))
-                if key not in seen:
-                    seen.add(key)
-                    found = compile_variant(variant, "fp16", capability)
-                    rows.append({"dim": problem.dim, "capability": capability, **found.to_json()})
-    return rows
+    return [
+        {"dim": dim, "capability": capability, **compile_variant(variant, dtype, capability).to_json()}
+        for dtype in COMPILED
+        for capability in targets
+        for dim, variant in variants((SHIPPED, SAM, SAM_LONG))
+    ]
+
+
+def variants(problems: Sequence[Problem], *, masks: Sequence[bool] = (True,)) -> list[tuple[int, Variant]]:
+    """Each compiled form that runs ``problems``, once, with the width it is for."""
+    found: dict[object, tuple[int, Variant]] = {}
+    for p in problems:
+        tokens = min(p.tokens, most_tokens(p.dim, p.itemsize))
+        here = list(token_variants(tokens, p.dim, p.heads, SegmenterConfig().mlp, p.itemsize).values())
+        for mask in masks:
+            here += read_variants(p, plan_read(p), mask=mask).values()
+            here += write_variants(p, plan_write(p), mask=mask, after=True).values()
+        found |= {(v.kernel, tuple(sorted(v.constants.items())), v.warps): (p.dim, v) for v in here}
+    return list(found.values())
 
 
 def compiled(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -211,7 +228,7 @@ def compiled(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def resource_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The resources as text."""
-    names = "kernel", "dim", "target", "registers", "stack", "shared", "tensor_core"
+    names = "kernel", "dim", "dtype", "target", "registers", "stack", "shared", "tensor_core"
     lines = ["  " + "".join(f"{name:>14}" for name in names)]
     return lines + ["  " + "".join(f"{row[name]:>14}" for name in names) for row in rows]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels.op import using
-from kernels.plan import Problem, ReadPlan, WritePlan, plan_read, plan_write, tile
+from kernels.plan import Problem, ReadPlan, WritePlan, plan_read, plan_write
 from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_norm
 
 BOUNDS = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
@@ -50,13 +50,9 @@ class Case:
 
     def plan(self, processors: int = 132) -> ReadPlan | WritePlan:
         """The plan the op would take, on this case's way of the two."""
-        if self.direction != PROMPT_TO_IMAGE:
-            return replace(plan_write(self.problem), folded=self.folded)
-        chosen, p = plan_read(self.problem, processors), self.problem
-        if chosen.folded == self.folded:
-            return chosen
-        rows = p.group * p.tokens * (p.heads if self.folded else 1)
-        return replace(chosen, folded=self.folded, rows=rows, block_rows=tile(rows, most=32))
+        if self.direction == PROMPT_TO_IMAGE:
+            return plan_read(self.problem, processors, folded=self.folded)
+        return plan_write(self.problem, folded=self.folded)
 
 
 def cases(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Case]:

@@ -23,9 +23,10 @@ from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.errors import BundleError, CommandParser, ParityError, UsageError, run_cli
 from ppcr.files import atomic_directory
 from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
+from runtime.attention_plugin import OPTION
 from runtime.bundle import AUTO
 from runtime.session import BACKENDS
-from runtime.tensorrt_library import CURRENT, OPTIONS, TARGETS
+from runtime.tensorrt_library import CURRENT, TARGETS
 
 if TYPE_CHECKING:
     from export.bundle import BundleWriter
@@ -44,6 +45,7 @@ _HELP = {
     "version-compatible": "engines that later versions of the library load",
     "strip-weights": "engines without weights, which are put in when loaded",
     "weight-streaming": "engines whose weights may stay in the host's memory",
+    OPTION: "engines whose attention between prompts and image runs the kernels of this project",
 }
 
 
@@ -74,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
         choices=(CURRENT, *TARGETS),
         help="compile the bundle's graphs to TensorRT engines for this GPU",
     )
-    for option in OPTIONS:
+    for option in _HELP:
         out.add_argument(f"--{option}", action="store_true", help=f"with --target: {_HELP[option]}")
     out.add_argument(
         "--check-engine",
@@ -107,7 +109,7 @@ def _main(argv: Sequence[str] | None) -> int:
     options = parser().parse_args(argv)
     if options.target:
         return _engines(options)
-    chosen = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
+    chosen = [option for option in _HELP if getattr(options, option.replace("-", "_"))]
     if chosen:
         raise UsageError(f"--{chosen[0]} goes with --target (--help shows the options)")
     if options.check_engine:
@@ -135,7 +137,7 @@ def _engines(options: argparse.Namespace) -> int:
     names = options.precision or ("fp16",)
     if len(names) > 1:
         raise UsageError("engines are built at one precision a time: give --precision one name")
-    extras = [option for option in OPTIONS if getattr(options, option.replace("-", "_"))]
+    extras = [option for option in _HELP if getattr(options, option.replace("-", "_"))]
     library, target = choose(options.target, names[0], extras)
     if not (options.output / MANIFEST).is_file():
         options.precision = None

@@ -22,15 +22,19 @@ from typing import Any
 
 import onnx
 
+from export.attention_function import Shape, attention_shapes
 from export.engine_layers import Built, read_kernels
 from export.typed_graph import at_precision, fix_dimensions
 from ppcr.errors import EngineError, PPCRError
 from runtime import tensorrt_library
+from runtime.attention_plugin import OPTION, register
 from runtime.tensorrt_library import OPTIONS, TensorRT
 
 Range = tuple[int, int, int]
 Report = Callable[[dict[str, Any]], None]
-_NATIVE = ("ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "DEQUANTIZE")
+_NATIVE = (
+    "ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "DEQUANTIZE", "PLUGIN_V3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Job:
         carried: graph inputs and outputs that take the engine's own type.
         fixed: dynamic dimensions by name that have one size.
         profiles: for each optimization profile, least, usual and most of every other dynamic dimension.
-        options: names of `tensorrt_library.OPTIONS`. timings: the timing cache, read and written where used.
+        options: names of `tensorrt_library.OPTIONS`, or `attention_plugin.OPTION`.
+        timings: the timing cache, read and written where used.
     """
 
     source: str
@@ -76,7 +81,10 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
     builder = trt.Builder(log)
     network = library.create_network(builder)
     parser = trt.OnnxParser(network, log)
-    if not _parse(parser, job):
+    model, attentions = _model(job)
+    if model is not None and attentions:
+        _attach_plugin(trt, parser, job, model, attentions)
+    if not _parse(parser, job, model):
         said = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
         raise EngineError(f"{library.title} cannot read {job.source}: {said or log.first_error}")
     config = builder.create_builder_config()
@@ -85,7 +93,8 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
     library.aim(config, job.target)
     for option in job.options:
         library.require_option(option)
-        config.set_flag(getattr(trt.BuilderFlag, OPTIONS[option]))
+        if option in OPTIONS:
+            config.set_flag(getattr(trt.BuilderFlag, OPTIONS[option]))
     for profile in job.profiles:
         config.add_optimization_profile(_profile(builder, network, profile))
     monitor = _monitor(trt, report)
@@ -113,14 +122,33 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
     )
 
 
-def _parse(parser: Any, job: Job) -> bool:
-    if job.precision is None and not job.fixed:
-        return bool(parser.parse_from_file(job.source))
+def _model(job: Job) -> tuple[onnx.ModelProto | None, dict[str, list[Shape]]]:
+    """The graph as it is compiled, None if it is so in its file; shapes of the attentions for the plugin."""
+    if job.precision is None and not job.fixed and OPTION not in job.options:
+        return None, {}
     model = onnx.load(job.source)
+    attentions = attention_shapes(model) if OPTION in job.options else {}
     fix_dimensions(model, job.fixed)
     if job.precision is not None:
         at_precision(model, job.precision, job.carried)
+    return model, attentions
+
+
+def _parse(parser: Any, job: Job, model: onnx.ModelProto | None) -> bool:
+    if model is None:
+        return bool(parser.parse_from_file(job.source))
     return bool(parser.parse(model.SerializeToString(), job.source))
+
+
+def _attach_plugin(
+    trt: Any, parser: Any, job: Job, model: onnx.ModelProto, attentions: dict[str, list[Shape]]
+) -> None:
+    from export.attention_plugin import packages
+
+    usual = max([profile["N"][1] for profile in job.profiles if "N" in profile], default=1)
+    register(trt, packages(model, attentions, job.target, usual))
+    # Without this the function's body comes before a plugin of its name.
+    parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
 
 
 def _profile(builder: Any, network: Any, ranges: dict[str, Range]) -> Any:

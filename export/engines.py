@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from export.attention_plugin import parser_environment, require_attention
 from export.engine_job import Job, Range
 from export.engine_layers import Built
 from export.extend import held_files, link_files
@@ -25,6 +26,7 @@ from ppcr.errors import BundleError, EngineError
 from ppcr.files import atomic_directory, write_json
 from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, Manifest, Shapes
 from runtime import tensorrt_library
+from runtime.attention_plugin import OPTION
 from runtime.device import current_device
 from runtime.tensorrt_library import CURRENT, TensorRT
 
@@ -79,7 +81,10 @@ def add_engines(
         BundleError: no bundle, changed files, or no fp32 graphs. EngineError: a build failed.
     """
     manifest = Manifest.load(bundle)
-    manifest.verify(bundle, _source_precision(manifest, precision))
+    source = _source_precision(manifest, precision)
+    manifest.verify(bundle, source)
+    if OPTION in options:
+        require_attention(bundle / manifest.paths(source)["mask_decoder"])
     with atomic_directory(bundle, marker=MANIFEST) as part:
         link_files(bundle, part)
         folder = part / "engines" / target
@@ -158,7 +163,12 @@ def run(job: Job, progress: Progress) -> Built:
         EngineError: it failed, or the process died.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(_ROOT), *filter(None, sys.path)])}
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        tempfile.TemporaryDirectory(prefix="ppcr-engine-") as links,
+    ):
+        if OPTION in job.options:
+            environment |= parser_environment(Path(links))
         process = subprocess.Popen(
             [sys.executable, "-m", "export.engine_job"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,

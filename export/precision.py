@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.attention_function import inlined
 from ppcr.int8 import fit
 
 PRECISIONS = ("fp32", "int8")
@@ -80,18 +81,20 @@ def quantise_products(source: Path, target: Path, *, kept: str = "") -> None:
     """Run matrix products of ``source`` in int8, but those whose weight's name matches ``kept``."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    graph = onnx.load(source, load_external_data=False).graph
-    ranks = {constant.name: len(constant.dims) for constant in graph.initializer}
+    model = onnx.load(source, load_external_data=False)
+    plain = inlined(model)
+    ranks = {constant.name: len(constant.dims) for constant in plain.graph.initializer}
     left_out = [
         node.name
-        for node in graph.node
+        for node in plain.graph.node
         if node.op_type in _OPERATORS
         # Stacks of small matrices, one for each head of an attention, gain nothing.
         and ((kept and re.search(kept, node.input[1])) or ranks.get(node.input[1], 2) != 2)
     ]
     with _quiet():
         quantize_dynamic(
-            str(source),
+            # With the products of functions written out; only small graphs have such.
+            plain if model.functions else str(source),
             str(target),
             op_types_to_quantize=_OPERATORS,
             per_channel=True,

@@ -25,6 +25,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from export.absorbed import absorbed
+from export.attention_function import add_function
 from kernels.op import using
 from ppcr.manifest import DATA
 from ppcr.model.sam import SamSegmenter
@@ -100,8 +101,8 @@ def _export(
     outputs: Sequence[str],
     shapes: tuple[Any, ...] | None = None,
 ) -> None:
-    # Standard operators alone, wherever the segmenter lies.
-    with _quiet(), torch.no_grad(), using("off"):
+    # Standard operators, and one node for each prompt-feature attention, wherever the segmenter lies.
+    with _quiet(), torch.no_grad(), using("node"):
         program = torch.onnx.export(
             module.eval(),
             arguments,
@@ -117,6 +118,7 @@ def _export(
     model = program.model_proto
     _forget_sources(model)
     _name_weights(model, module)
+    add_function(model)
     _save(model, path)
 
 

@@ -16,25 +16,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.fold import fold_tokens
-from kernels.image_to_prompt import write_folded, write_heads
+from kernels.library import KERNELS
 from kernels.plan import Variant
-from kernels.prompt_to_image import merge, read_folded, read_heads
-from kernels.token_blocks import attend_tokens, mlp_tokens
 
-KERNELS: dict[str, Any] = {
-    kernel.__name__: kernel
-    for kernel in (
-        fold_tokens,
-        read_folded,
-        read_heads,
-        merge,
-        write_folded,
-        write_heads,
-        attend_tokens,
-        mlp_tokens,
-    )  # fmt: skip
-}
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 """Compute capability -> most shared memory of a block in bytes (CUDA programming guide, table of limits)."""
 
@@ -67,8 +51,44 @@ class Resources:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class CompiledKernel:
+    """Machine code (cubin) and assembly (PTX) of a variant, the entry's name, and bytes of shared memory."""
+
+    binary: bytes
+    assembly: str
+    entry: str
+    shared: int
+
+    @property
+    def parameters(self) -> int:
+        """How many the entry takes: the kernel's own, then Triton's."""
+        head = re.search(r"\.entry\s+\w+\((.*?)\)", self.assembly, re.DOTALL)
+        return head.group(1).count(".param") if head else 0
+
+
 def compile_variant(variant: Variant, dtype: str, capability: int) -> Resources:
-    """Compile for compute capability 80, 90 or 120 with tensors of ``dtype`` (fp16, bf16, fp32)."""
+    """What `compile_kernel` makes takes."""
+    built = compile_kernel(variant, dtype, capability)
+    registers, stack, local = _usage(built.binary)
+    target = re.search(r"^\.target\s+(\w+)", built.assembly, re.MULTILINE)
+    return Resources(
+        kernel=variant.kernel,
+        target=target.group(1) if target else "",
+        dtype=dtype,
+        registers=registers,
+        stack=stack,
+        local=local,
+        shared=built.shared,
+        tensor_core=len(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync", built.assembly)),
+    )
+
+
+def compile_kernel(variant: Variant, dtype: str, capability: int) -> CompiledKernel:
+    """Compile for a compute capability (80, 89, 90, 120) with tensors of ``dtype`` (fp16, bf16, fp32).
+
+    Tensors begin at multiples of 16 bytes, and the number of cells is one of 16.
+    """
     kernel = KERNELS[variant.kernel]
     constants: dict[str, Any] = dict(variant.constants)
     if not constants.get("HAS_MASK", True):
@@ -90,19 +110,7 @@ def compile_variant(variant: Variant, dtype: str, capability: int) -> Resources:
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack, local = _usage(built.asm["cubin"])
-    assembly = built.asm["ptx"]
-    target = re.search(r"^\.target\s+(\w+)", assembly, re.MULTILINE)
-    return Resources(
-        kernel=variant.kernel,
-        target=target.group(1) if target else "",
-        dtype=dtype,
-        registers=registers,
-        stack=stack,
-        local=local,
-        shared=built.metadata.shared,
-        tensor_core=len(re.findall(r"\b(?:wgmma\.mma_async|mma)\.sync", assembly)),
-    )
+    return CompiledKernel(built.asm["cubin"], built.asm["ptx"], built.metadata.name, built.metadata.shared)
 
 
 def _type(name: str, dtype: str) -> str:

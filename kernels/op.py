@@ -7,6 +7,8 @@ which compilers and exporters see as one node, and the reference written out in 
            widths the kernels have tiles for; else the reference
     op     always the op; on a CPU, and below compute capability 8.0, it computes the reference
     off    always the reference
+    node   for export to ONNX: an attention without a mask is one node ``ppcr::PromptFeatureAttention``, whose
+           meaning `export.attention_function` writes into the file; everything else is the reference
 
 The environment variable PPCR_KERNELS sets the mode at start, `using` changes it for a while.
 
@@ -16,6 +18,7 @@ There is no backward kernel: gradients come from the reference, recomputed from 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +31,8 @@ from kernels.plan import fits
 from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_norm
 
 VARIABLE = "PPCR_KERNELS"
-MODES = ("auto", "op", "off")
+MODES = ("auto", "op", "off", "node")
+NODE = "ppcr::PromptFeatureAttention"
 _CAPABILITY = (8, 0)
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -55,18 +59,9 @@ def using(mode: str) -> Iterator[None]:
 
 
 def prompt_feature_attention(
-    x: Tensor,
-    x_position: Tensor,
-    y: Tensor,
-    y_position: Tensor,
-    weights: Weights,
-    *,
-    direction: str,
-    heads: int,
-    eps: float = 1e-5,
-    mask: Tensor | None = None,
-    after: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, weights: Weights, *, direction: str,
+    heads: int, eps: float = 1e-5, mask: Tensor | None = None, after: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """LayerNorm(x + attention of x over y) [+ after]; shapes and masks as in `attend_and_norm`.
 
     Raises:
@@ -78,8 +73,34 @@ def prompt_feature_attention(
     if takes((x, x_position, y, y_position, *weights)) and (_mode == "op" or fits(*widths)):
         out: Tensor = _op(x, x_position, y, y_position, *weights, mask, after, direction, heads, eps)
         return out
+    if _mode == "node" and mask is None:
+        out = _as_node(x, x_position, y, y_position, weights, direction, heads, eps)
+        return out if after is None else out + after
     given: dict[str, Any] = {"direction": direction, "heads": heads, "eps": eps, "mask": mask, "after": after}
     return attend_and_norm(x, x_position, y, y_position, weights, **given)
+
+
+def _as_node(
+    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, weights: Weights, direction: str,
+    heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """The node of an exported graph; its matrices are [in, out], as products of ONNX read them."""
+    head_dim = weights.q_weight.shape[0] // heads
+    attributes: dict[str, Any] = {
+        "heads": heads,
+        "scale": 1.0 / math.sqrt(head_dim),
+        "eps": eps,
+        "direction": direction,
+    }
+    return torch.onnx.ops.symbolic(
+        NODE, (x, x_position, y, y_position, *(w.t() if w.dim() == 2 else w for w in weights)),
+        attributes, dtype=x.dtype, shape=_shape_of(x, y, direction), version=1,
+    )  # fmt: skip
+
+
+def _shape_of(x: Tensor, y: Tensor, direction: str) -> tuple[int, ...]:
+    tokens = x if direction == PROMPT_TO_IMAGE else y
+    return tokens.shape[0], tokens.shape[1], x.shape[2], x.shape[3]
 
 
 def takes(tensors: tuple[Tensor, ...]) -> bool:
@@ -115,14 +136,9 @@ def _op(
 
 
 @_op.register_fake
-def _shape(
-    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor,
-    q_weight: Tensor, q_bias: Tensor, k_weight: Tensor, k_bias: Tensor, v_weight: Tensor, v_bias: Tensor,
-    out_weight: Tensor, out_bias: Tensor, norm_weight: Tensor, norm_bias: Tensor,
-    mask: Tensor | None, after: Tensor | None, direction: str, heads: int, eps: float,
-) -> Tensor:  # fmt: skip
-    tokens = x if direction == PROMPT_TO_IMAGE else y
-    return x.new_empty((tokens.shape[0], tokens.shape[1], x.shape[2], x.shape[3]))
+def _shape(x: Tensor, x_position: Tensor, y: Tensor, *others: Any) -> Tensor:
+    direction = next(value for value in others if isinstance(value, str))
+    return x.new_empty(_shape_of(x, y, direction))
 
 
 _TENSORS = 14  # before mask, after, direction, heads and eps
@@ -142,17 +158,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
 
     def forward(*given: Tensor) -> Tensor:
         x, x_position, y, y_position, *weights = given
-        return attend_and_norm(
-            x,
-            x_position,
-            y,
-            y_position,
-            Weights(*weights),
-            direction=direction,
-            heads=heads,
-            eps=eps,
-            mask=mask,
-        )
+        given_weights = Weights(*weights)
+        settings: dict[str, Any] = {"direction": direction, "heads": heads, "eps": eps, "mask": mask}
+        return attend_and_norm(x, x_position, y, y_position, given_weights, **settings)
 
     pull_back = torch.func.vjp(forward, *tensors)[1]
     after = None if ctx.after_shape is None else gradient.sum_to_size(ctx.after_shape)

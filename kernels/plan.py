@@ -7,7 +7,7 @@ from dataclasses import dataclass
 HEAD_DIMS = (16, 32, 64)
 MAX_WIDTH = 256
 MAX_TOKENS = 64
-"""Most tokens whose attention among themselves is one tile; more are left to plain torch."""
+"""Most tokens of an expression that are one tile."""
 
 BALANCE = 180
 """FLOPs of 16-bit matrix work in the time of one byte of memory traffic (H200: 790 TFLOP/s, 4.3 TB/s)."""
@@ -83,13 +83,17 @@ class WritePlan:
     stages: int
 
 
-def plan_read(problem: Problem, processors: int = 132) -> ReadPlan:
-    """Fold where few queries read an image: K and V of all cells are then neither computed nor stored."""
+def plan_read(problem: Problem, processors: int = 132, *, folded: bool | None = None) -> ReadPlan:
+    """Fold where few queries read an image: K and V of all cells are then neither computed nor stored.
+
+    ``folded`` overrules that.
+    """
     p = problem
     rows = p.group * p.tokens * p.heads
     folding = 4 * rows * p.dim
     projecting = 4 * p.dim * p.inner + 4 * rows * p.head_dim + BALANCE * 4 * p.inner * p.itemsize
-    folded = folding <= projecting
+    if folded is None:
+        folded = folding <= projecting
     wide = p.itemsize == 4
     if folded:
         block_rows = tile(rows, most=32 if wide else 64)
@@ -107,12 +111,16 @@ def plan_read(problem: Problem, processors: int = 132) -> ReadPlan:
     return ReadPlan(folded, rows, block_rows, block_cells, ceil(p.cells, chunk), chunk, warps, 2)
 
 
-def plan_write(problem: Problem) -> WritePlan:
-    """Fold where an expression has no more tokens than a head has columns: that is less work as well."""
+def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
+    """Fold where an expression has no more tokens than a head has columns: that is less work as well.
+
+    ``folded`` overrules that, for at most `MAX_TOKENS`.
+    """
     p = problem
     wide = p.itemsize == 4
-    block_tokens = tile(p.tokens, most=64)
-    folded = p.tokens <= block_tokens <= p.head_dim
+    block_tokens = tile(p.tokens, most=MAX_TOKENS)
+    if folded is None:
+        folded = p.tokens <= block_tokens <= p.head_dim
     # Half the cells where accumulators, queries and weights together would not fit the registers.
     block_cells = 16 if wide else 32 if not folded and p.dim > 128 else 64
     warps = 4 if folded and p.dim <= 128 else 8
@@ -140,6 +148,11 @@ class Variant:
     constants: dict[str, int | bool]
     warps: int = 4
     stages: int = 2
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch says beside the arguments."""
+        return {**self.constants, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def read_variants(
@@ -193,6 +206,15 @@ def token_variants(tokens: int, dim: int, heads: int, hidden: int, itemsize: int
         "attend": Variant("attend_tokens", attend, 8, stages),
         "mlp": Variant("mlp_tokens", mlp, 8, stages),
     }
+
+
+def most_tokens(dim: int, itemsize: int) -> int:
+    """Most tokens whose attention among themselves is one tile; more are left to plain torch.
+
+    Wide tokens, and those of four bytes, fill registers and shared memory sooner: 32 of 256 columns would not
+    fit a block of sm_120.
+    """
+    return MAX_TOKENS // max(1, dim // 128) ** 2 // max(1, itemsize // 2)
 
 
 def launches(p: Problem, plan: ReadPlan | WritePlan) -> int:

@@ -29,18 +29,9 @@ class Weights(NamedTuple):
 
 
 def attend_and_norm(
-    x: Tensor,
-    x_position: Tensor,
-    y: Tensor,
-    y_position: Tensor,
-    weights: Weights,
-    *,
-    direction: str,
-    heads: int,
-    eps: float,
-    mask: Tensor | None = None,
-    after: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, x_position: Tensor, y: Tensor, y_position: Tensor, weights: Weights, *, direction: str,
+    heads: int, eps: float, mask: Tensor | None = None, after: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """LayerNorm(x + out(attention(q(x + x_position), k(y + y_position), v(y)))) [+ after].
 
     Shapes: x f[B, K or 1, L, C] reads y f[B, K or 1, N, C]; a dimension of 1 is shared by an image's K

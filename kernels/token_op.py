@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels import op
-from kernels.plan import MAX_TOKENS, Variant, ceil, fits, token_variants
+from kernels.plan import ceil, fits, most_tokens, token_variants
 from kernels.reference import Weights, layer_norm, split_heads
-
-_LOG2_E = math.log2(math.e)
+from kernels.schedule import LOG2_E
 
 
 def token_attention(x: Tensor, position: Tensor, weights: Weights, *, heads: int, eps: float) -> Tensor:
@@ -38,7 +37,8 @@ def token_mlp(
 
 
 def _fits_attention(x: Tensor, heads: int) -> bool:
-    return fits(x.shape[-1], heads, x.shape[-1] // heads) and x.shape[-2] <= MAX_TOKENS
+    *_, tokens, dim = x.shape
+    return fits(dim, heads, dim // heads) and tokens <= most_tokens(dim, x.element_size())
 
 
 def _fits_mlp(x: Tensor, w1: Tensor) -> bool:
@@ -93,11 +93,11 @@ def attend_on_kernel(x: Tensor, position: Tensor, weights: Weights, heads: int, 
     x, common = x.contiguous(), position.numel() == n * c
     position = position.contiguous() if common else position.expand_as(x).contiguous()
     out = torch.empty_like(x)
-    scale = _LOG2_E / math.sqrt(c // heads)
+    scale = LOG2_E / math.sqrt(c // heads)
     variant = token_variants(n, c, heads, c, x.element_size())["attend"]
     attend_tokens[(math.prod(batch),)](
         x, position, *(w.contiguous() for w in weights), out, n, scale, eps, 0 if common else n * c,
-        **_options(variant),
+        **variant.options,
     )  # fmt: skip
     return out
 
@@ -112,12 +112,8 @@ def mlp_on_kernel(
     out, rows = torch.empty_like(x), x.numel() // c
     variant = token_variants(x.shape[-2], c, 1, w1.shape[0], x.element_size())["mlp"]
     weights = (w.contiguous() for w in (w1, b1, w2, b2, gamma, beta))
-    mlp_tokens[(ceil(rows, variant.constants["BT"]),)](x, *weights, out, rows, eps, **_options(variant))
+    mlp_tokens[(ceil(rows, variant.constants["BT"]),)](x, *weights, out, rows, eps, **variant.options)
     return out
-
-
-def _options(variant: Variant) -> dict[str, Any]:
-    return {**variant.constants, "num_warps": variant.warps, "num_stages": variant.stages}
 
 
 @_attend.register_fake

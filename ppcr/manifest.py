@@ -6,7 +6,6 @@ Needs the standard library alone, so that the runtime can check a bundle before 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -221,7 +220,7 @@ class Manifest:
         wanted = precision or self.default_precision
         if wanted not in self.precisions:
             held = ", ".join(self.precisions)
-            raise BundleError(f"this bundle holds {held}, not {wanted!r}: choose one of these, or build it anew")
+            raise BundleError(f"this bundle holds {held}, not {wanted!r}: choose one of these")
         return self.precisions[wanted]
 
     def engine_set(self, target: str, precision: str | None = None) -> dict[str, EngineEntry]:

@@ -104,6 +104,20 @@ def reraise_memory(error: Exception) -> None:
     raise EngineError(f"out of memory{size}: {cure}") from error
 
 
+def write_out_functions(path: Path, folder: Path) -> Path:
+    """A copy of a graph in ``folder`` with the bodies of its functions in the place of their nodes."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / path.name)
+    try:
+        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base but Exception
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
+    return folder / path.name
+
+
 class Towers:
     """The vision graphs of a bundle by image size; those beyond the first are opened when they are needed."""
 

@@ -5,6 +5,7 @@ The decoder stays with onnxruntime: OpenVINO does not know TensorScatter, which 
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import openvino as ov
 from ppcr.errors import BundleError, EngineError
 from ppcr.manifest import REBUILD
 from runtime.bundle import AUTO, Bundle
-from runtime.onnxruntime_session import OnnxMLLM, load_decoder
+from runtime.onnxruntime_session import OnnxMLLM, load_decoder, write_out_functions
 from runtime.session import Float32Array, Prompts, Sessions
 
 _PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
@@ -34,9 +35,11 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     if half and not has_bf16(core):
         raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")
     compiled = {
-        role: _compile(core, bundle.graphs[role], threads, bf16=half)
-        for role in ("vision", "image_encoder", "mask_decoder")
+        role: _compile(core, bundle.graphs[role], threads, bf16=half) for role in ("vision", "image_encoder")
     }
+    with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:  # OpenVINO reads no functions
+        plain = write_out_functions(bundle.graphs["mask_decoder"], Path(folder))
+        compiled["mask_decoder"] = _compile(core, plain, threads, bf16=half)
     mllm = OpenVinoMLLM(compiled["vision"], bundle, threads=threads)
     segmenter = OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"])
     return Sessions(mllm, segmenter, precision="bf16" if half else bundle.precision)

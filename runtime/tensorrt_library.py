@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from ppcr.errors import EngineError, UsageError
+from runtime import attention_plugin
 
 CURRENT = "current"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
@@ -75,7 +76,11 @@ class TensorRT:
             )
 
     def require_option(self, option: str) -> None:
-        """Raise UsageError unless ``option`` of OPTIONS exists and can work."""
+        """Raise UsageError unless ``option`` of OPTIONS exists and can work, or is that of the plugin."""
+        if option == attention_plugin.OPTION:
+            if not hasattr(self.module, "IPluginV3"):
+                raise UsageError(f"{self.title} has no plugins that Python can make: leave --{option} out")
+            return
         if option not in OPTIONS or not hasattr(self.module.BuilderFlag, OPTIONS[option]):
             raise UsageError(f"{self.title} has no engines with --{option}")
         if self.is_rtx and option == "version-compatible":

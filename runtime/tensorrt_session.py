@@ -14,6 +14,7 @@ import numpy as np
 from ppcr.errors import BundleError
 from ppcr.manifest import REBUILD, EngineEntry
 from runtime import tensorrt_library
+from runtime.attention_plugin import OPTION, register
 from runtime.bundle import AUTO, Bundle
 from runtime.device import DeviceMemory, PinnedArray, Stream, current_device
 from runtime.positions import make_tables
@@ -45,6 +46,9 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
         require_loadable(entry, manifest, bundle.folder, library, device)
     cache = 4 * shapes.layers * shapes.kv_heads * shapes.max_length * shapes.head_dim
     require_memory(entries, cache, device)
+    # Engines that hold the plugin find it when they are loaded.
+    if any(OPTION in entry.options for entry in entries.values()):
+        register(library.module)
     runtime = library.create_runtime()
     engines = {
         role: Engine(

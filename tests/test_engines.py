@@ -23,6 +23,7 @@ import onnx
 import pytest
 
 from export import engines
+from export.attention_function import inlined
 from export.build_engines import main
 from export.engine_job import Job, attach_timings
 from export.engine_layers import Built, Kernel
@@ -60,7 +61,7 @@ def build(bundle: Path, target: str) -> dict[str, Built]:
 
 
 def operators(bundle: Path, role: str) -> Counter[str]:
-    model = onnx.load(bundle / Manifest.load(bundle).paths("fp32")[role], load_external_data=False)
+    model = inlined(onnx.load(bundle / Manifest.load(bundle).paths("fp32")[role], load_external_data=False))
     return Counter(node.op_type for node in model.graph.node)
 
 

@@ -11,23 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import kernel
-from benchmarks.kernel import SAM, SHIPPED, card, interpreted, worst
+from benchmarks.kernel import SAM, SAM_LONG, SHIPPED, card, interpreted, variants, worst
 from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
 from benchmarks.kernel_count import Count, decoder_kernels
 from benchmarks.kernel_floor import floor_of
 from kernels.op import prompt_feature_attention, using
 from kernels.plan import (
     Problem,
-    Variant,
     ceil,
     fits,
     launches,
+    most_tokens,
     plan_read,
     plan_write,
     read_variants,
     tile,
-    token_variants,
-    write_variants,
 )
 from kernels.reference import DIRECTIONS, IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights, attend_and_norm
 from kernels.token_op import token_attention, token_mlp
@@ -151,31 +149,53 @@ def test_worst_sees_what_is_not_a_number() -> None:
     assert torch.ones(2).isfinite().all()
 
 
-@pytest.mark.parametrize("capability", [80, 90, 120])
-def test_kernels_compile_without_spills_for(capability: int) -> None:
+ALL_KERNELS = {
+    "attend_tokens", "mlp_tokens", "fold_tokens", "read_folded", "read_heads", "merge", "write_folded",
+    "write_heads",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [("fp16", 80), ("fp16", 90), ("fp16", 120), ("bf16", 90)], ids=str
+)
+def test_kernels_compile_without_spills_for(dtype: str, capability: int) -> None:
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     from kernels.compiled import SHARED_LIMIT, compile_variant
 
-    long = replace(SHIPPED, tokens=133)
-    variants: dict[tuple[str, object], Variant] = {}
-    for problem in (SHIPPED, long):
-        read = read_variants(problem, plan_read(problem))
-        variants |= {
-            (v.kernel, v.constants.get("HAS_VALUES")): v
-            for v in (*read.values(), *write_variants(problem, plan_write(problem), after=True).values())
-        }
-    sizes = SHIPPED.tokens, SHIPPED.dim, SHIPPED.heads, SegmenterConfig().mlp, SHIPPED.itemsize
-    variants |= {(v.kernel, None): v for v in token_variants(*sizes).values()}
-    assert {name for name, _ in variants} == {
-        "attend_tokens", "mlp_tokens", "fold_tokens", "read_folded", "read_heads", "merge", "write_folded",
-        "write_heads",
-    }  # fmt: skip
-    for variant in variants.values():
-        found = compile_variant(variant, "fp16", capability)
-        assert found.target.startswith(f"sm_{capability}"), found
+    forms = {
+        (v.kernel, v.constants.get("HAS_VALUES")): v
+        for _, v in variants((SHIPPED, replace(SHIPPED, tokens=133)), masks=(False,))
+    }
+    assert {name for name, _ in forms} == ALL_KERNELS
+    for variant in forms.values():
+        found = compile_variant(variant, dtype, capability)
+        assert found.target.startswith(f"sm_{capability}") and found.dtype == dtype, found
         assert found.stack == found.local == 0, found
         assert 0 < found.shared <= SHARED_LIMIT[capability], found
         assert 0 < found.registers <= 255 and found.tensor_core > 0, found
+
+
+def test_exact_products_compile_without_tensor_cores() -> None:
+    """fp32 is multiplied exactly, not as TF32; the smallest kernel shows it in seconds."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    from kernels.compiled import compile_variant
+
+    problem = replace(SHIPPED, itemsize=4)
+    fold = read_variants(problem, plan_read(problem, folded=True))["fold"]
+    found = compile_variant(fold, "fp32", 90)
+    assert found.tensor_core == found.stack == found.local == 0 and found.dtype == "fp32"
+
+
+def test_wide_tokens_attend_in_smaller_tiles() -> None:
+    """A tile of 64 tokens of 256 columns would spill registers, one of 32 not fit a block of sm_120."""
+    assert [most_tokens(128, 2), most_tokens(256, 2), most_tokens(128, 4), most_tokens(16, 2)] == [
+        64,
+        32,
+        32,
+        64,
+    ]
+    widest = max(v.constants["BN"] for _, v in variants((SAM_LONG,)) if v.kernel == "attend_tokens")
+    assert widest == 16
 
 
 # --- the op

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from export.attention_function import DOMAIN, attention_nodes, inlined
 from export.precision import quantise, quantise_products
 from export.segmenter_graph import FEATURES, OUTPUTS, PROMPTS, write_image_encoder, write_mask_decoder
 from ppcr.model.mask_decoder import CellFeatures
@@ -88,9 +90,35 @@ def test_graphs_tell_nothing_of_where_they_were_made(graphs: Path) -> None:
     for name in ("image_encoder", "mask_decoder"):
         model = onnx.load(graphs / f"{name}.onnx")
         text = (graphs / f"{name}.onnx").read_bytes()
-        assert {opset.domain for opset in model.opset_import} == {""}
+        own = {DOMAIN} if name == "mask_decoder" else set()
+        assert {opset.domain for opset in model.opset_import} == {""} | own
+        assert {function.domain for function in model.functions} == own
         assert b"segmenter_graph" not in text and b"site-packages" not in text
     assert [value.name for value in onnx.load(graphs / "mask_decoder.onnx").graph.output] == list(OUTPUTS)
+
+
+def test_function_leaves_nothing_for_the_engine_to_call(
+    segmenter: Segmenter, graphs: Path, tmp_path: Path
+) -> None:
+    """onnxruntime puts the body in the node's place first, and runs what a file without functions gives."""
+    model = onnx.load(graphs / "mask_decoder.onnx")
+    names = [node.name for node in attention_nodes(model)]
+    layers = [
+        f"mask_decoder.layers.{i}.{way}" for i in range(2) for way in ("prompt_to_image", "image_to_prompt")
+    ]
+    assert names == [*layers, "mask_decoder.last_prompt_to_image"]
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    ort.InferenceSession(graphs / "mask_decoder.onnx", options, providers=["CPUExecutionProvider"])
+    run_nodes = onnx.load(tmp_path / "optimised.onnx").graph.node
+    plain = tmp_path / "plain.onnx"
+    onnx.save(inlined(model), plain)
+    options.optimized_model_filepath = str(tmp_path / "plain_optimised.onnx")
+    ort.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+    written_out = onnx.load(tmp_path / "plain_optimised.onnx").graph.node
+    assert Counter(n.op_type for n in run_nodes) == Counter(n.op_type for n in written_out)
+    assert not any(node.domain == DOMAIN or node.op_type == "CastLike" for node in run_nodes)
+    assert sum(node.op_type in ("LayerNormalization", "SkipLayerNormalization") for node in run_nodes) >= 5
 
 
 def test_int8_decoder_stays_close(segmenter: Segmenter, graphs: Path, tmp_path: Path) -> None:
@@ -107,7 +135,8 @@ def test_int8_decoder_stays_close(segmenter: Segmenter, graphs: Path, tmp_path: 
 def test_products_may_be_kept_in_full_precision(graphs: Path, tmp_path: Path) -> None:
     source, target = graphs / "mask_decoder.onnx", tmp_path / "kept.onnx"
     quantise_products(source, target, kept=r"^mask_decoder\.")
-    before = {node.name: node.input[1] for node in onnx.load(source).graph.node if node.op_type == "MatMul"}
+    plain = inlined(onnx.load(source))
+    before = {node.name: node.input[1] for node in plain.graph.node if node.op_type == "MatMul"}
     after = {node.name for node in onnx.load(target).graph.node if node.op_type == "MatMul"}
     kept = {name for name, weight in before.items() if weight.startswith("mask_decoder.")}
     changed = {name for name, weight in before.items() if weight.startswith("prompt_encoder.")}
