@@ -141,8 +141,10 @@ class Conversations(IterableDataset[dict[str, Any]]):
         if self.looking.value:
             graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch // 2)]
             paint = [repaint(graph, rng) for graph in graphs]
-            here = self.render_here
-            out["repainted"] = draw(graphs, *here, paint) if here else (graphs, paint)
+            out["repainted"] = (graphs, paint)
+            if self.render_here:
+                size, patch, merge, device = self.render_here
+                out["repainted"] = draw(graphs, size, patch, merge, device, paint)
         return out
 
     def _expressions(self, graph: SceneGraph, rng: np.random.Generator) -> list[Expression]:
