@@ -153,7 +153,7 @@ def _engine(job: dict[str, Any]) -> dict[str, Any]:
     import onnxruntime as ort
 
     from export.decoder_graph import DecoderSizes
-    from runtime.onnxruntime_session import open_graph
+    from runtime.onnxruntime_library import open_graph
 
     sizes = DecoderSizes.from_config(_config(Path(job["folder"])))
     start = time.perf_counter()

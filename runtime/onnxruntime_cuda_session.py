@@ -17,18 +17,15 @@ import numpy.typing as npt
 
 from ppcr.errors import BundleError, EngineError, PPCRError
 from runtime.bundle import Bundle
-from runtime.onnxruntime_session import (
-    OnnxContext,
-    OnnxMLLM,
-    OnnxSegmenter,
-    SegmenterFeatures,
-    Towers,
+from runtime.onnxruntime_library import (
     graph_options,
     on_device,
     open_graph,
     require_provider,
     reraise_memory,
 )
+from runtime.onnxruntime_segmenter import OnnxSegmenter, SegmenterFeatures
+from runtime.onnxruntime_session import OnnxContext, OnnxMLLM, Towers
 from runtime.session import Float32Array, Prompts, Sessions
 
 PROVIDER = "CUDAExecutionProvider"

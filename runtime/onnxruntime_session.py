@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
-from ppcr.errors import BundleError, EngineError
-from ppcr.manifest import REBUILD, WEIGHTS, Shapes, vision_role
+from ppcr.manifest import WEIGHTS, Shapes, vision_role
 from ppcr.tensors import RowTable
 from runtime.bundle import Bundle
+from runtime.onnxruntime_library import Binding, Session, Value, floats_of, open_graph
+from runtime.onnxruntime_segmenter import OnnxSegmenter
 from runtime.positions import Tables, make_tables
-from runtime.session import Float32Array, Prompts, Sessions
+from runtime.session import Float32Array, Sessions
 from runtime.threads import Threads, share_threads
 
-# Features of one image stay in onnxruntime's own memory between encoder and decoder.
-SegmenterFeatures = dict[str, "ort.OrtValue"]
 # Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
 Snapshot = dict[tuple[str, int], npt.NDArray[Any]]
 _CACHE_STEP = 64
-MASK_PIXELS = 1 << 20
-"""Pixels of mask logits drawn at once: 16 masks of SAM's, 64 of ppcr-tiny's."""
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
@@ -52,7 +45,7 @@ def load_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
     return OnnxSegmenter(*graphs)
 
 
-def load_decoder(bundle: Bundle, *, threads: int) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+def load_decoder(bundle: Bundle, *, threads: int) -> tuple[Session, Session]:
     """The decoder for blocks and for single tokens (may be one), alone. Raises as `load` does."""
     plan, path = _plan(bundle, threads), bundle.graphs["decoder"]
     decoder = open_graph(path, plan.decoder)
@@ -64,66 +57,12 @@ def _plan(bundle: Bundle, threads: int) -> Threads:
     return share_threads(threads, sum(path.stat().st_size for path in weights))
 
 
-def open_graph(
-    path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)
-) -> ort.InferenceSession:
-    """A graph with ``threads`` threads, as every part of a bundle is opened; by default on the CPU.
-
-    Raises:
-        BundleError: it cannot be read. EngineError: this onnxruntime lacks an operator of it, or the device
-            has no room for it.
-    """
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = 3
-    # Threads that sleep between a graph's operators cost more than a second one saves. Between runs they must
-    # not spin: encoder and MLLM run side by side, and each would take the other's processor.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
-    except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if type(error).__name__ == "NotImplemented":
-            told = f"onnxruntime {ort.__version__} cannot run {path}: {reason}"
-            raise EngineError(f"{told}; upgrade onnxruntime") from error
-        reraise_memory(error)
-        raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
-
-
-def reraise_memory(error: Exception) -> None:
-    """Raise EngineError, with the size asked for, where ``error`` says that a device has no room left."""
-    told = str(error)
-    asked = re.search(r"requested buffer of size (\d+)", told)
-    if asked is None and "out of memory" not in told.lower():
-        return
-    size = f" ({int(asked[1]) / 1e6:.1f} MB more were asked for)" if asked else ""
-    cure = "close other programs, or use a smaller precision (--precision int8)"
-    raise EngineError(f"out of memory{size}: {cure}") from error
-
-
-def write_out_functions(path: Path, folder: Path) -> Path:
-    """A copy of a graph in ``folder`` with the bodies of its functions in the place of their nodes."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.optimized_model_filepath = str(folder / path.name)
-    try:
-        ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base but Exception
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleError(f"onnxruntime cannot read {path}: {reason}; {REBUILD}") from error
-    return folder / path.name
-
-
 class Towers:
     """The vision graphs of a bundle by image size; those beyond the first are opened when they are needed."""
 
     def __init__(
         self,
-        first: ort.InferenceSession,
+        first: Session,
         bundle: Bundle,
         threads: int,
         providers: Sequence[Any] = ("CPUExecutionProvider",),
@@ -132,7 +71,7 @@ class Towers:
         self._graphs, self._threads, self._providers = bundle.graphs, threads, providers
         self._lock = threading.Lock()
 
-    def of(self, size: tuple[int, int]) -> ort.InferenceSession:
+    def of(self, size: tuple[int, int]) -> Session:
         with self._lock:
             if size not in self._opened:
                 graph = self._graphs[vision_role(size)]
@@ -149,7 +88,7 @@ class OnnxMLLM:
     def __init__(
         self,
         towers: Towers | None,
-        decoders: tuple[ort.InferenceSession, ort.InferenceSession],
+        decoders: tuple[Session, Session],
         bundle: Bundle,
     ) -> None:
         shapes, self._config = bundle.manifest.shapes, bundle.config.mllm
@@ -229,7 +168,7 @@ class OnnxContext:
 
     def __init__(
         self,
-        decoders: tuple[ort.InferenceSession, ort.InferenceSession],
+        decoders: tuple[Session, Session],
         shapes: Shapes,
         tables: Tables,
         embedding: Float32Array | RowTable,
@@ -272,11 +211,11 @@ class OnnxContext:
         self._block.bind_cpu_input("write_indices", self._at)
         self._block.bind_cpu_input("logits_index", self._last)
 
-    def _value(self, array: npt.NDArray[Any]) -> ort.OrtValue:
+    def _value(self, array: npt.NDArray[Any]) -> Value:
         """``array`` for a binding: here its own memory, so that what is written into it is fed."""
-        return ort.OrtValue.ortvalue_from_numpy(array)
+        return Value.ortvalue_from_numpy(array)
 
-    def _bind(self, session: ort.InferenceSession) -> ort.IOBinding:
+    def _bind(self, session: Session) -> Binding:
         binding = session.io_binding()
         for (kind, layer), value in self._held.items():
             binding.bind_ortvalue_input(f"{kind}_cache_{layer}", value)
@@ -358,85 +297,3 @@ class OnnxContext:
             binding.bind_cpu_input(f"deepstack_{level}", values[None])
         binding.bind_cpu_input("attn_mask", self._mask[None, None, rows])
         self._launch_block()
-
-
-def floats_of(session: ort.InferenceSession) -> Any:
-    """numpy's type of the graph's floating inputs."""
-    return np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
-
-
-def on_device(array: npt.NDArray[Any], device: str) -> ort.OrtValue:
-    """``array`` in memory of ``device`` ("cuda", "cpu"); on the CPU its own."""
-    return ort.OrtValue.ortvalue_from_numpy(array, device, 0)
-
-
-def graph_options(graph: int) -> ort.RunOptions:
-    """Options of a run that is recorded as the CUDA graph of this number, then replayed; -1: of none."""
-    options = ort.RunOptions()
-    options.add_run_config_entry("gpu_graph_id", str(graph))
-    return options
-
-
-def require_provider(name: str) -> None:
-    """Raise EngineError unless this onnxruntime has the provider; load libraries from installed wheels."""
-    if name not in ort.get_available_providers():
-        told = f"onnxruntime {ort.__version__} has no {name}"
-        raise EngineError(f"{told}: install onnxruntime-gpu in the place of onnxruntime")
-    with suppress(Exception):  # the libraries may lie elsewhere: the session tells
-        ort.preload_dlls()
-
-
-class OnnxSegmenter:
-    """`runtime.session.SegmenterSession`. Threads may share it."""
-
-    def __init__(self, image_encoder: ort.InferenceSession, mask_decoder: ort.InferenceSession) -> None:
-        self._encoder, self._decoder = image_encoder, mask_decoder
-        # Families differ in what they keep of an image: SAM 2 and ppcr-tiny add finer features.
-        self._encoded = [output.name for output in image_encoder.get_outputs()]
-        # Upscaled cells of one mask take megabytes: many masks are drawn a part at a time.
-        height, width = (side for side in mask_decoder.get_outputs()[0].shape[1:])
-        self._most = max(1, MASK_PIXELS // (height * width))
-        wanted = {value.name for value in mask_decoder.get_inputs()}
-        if not set(self._encoded) <= wanted:
-            raise BundleError(f"the mask decoder does not take what the image encoder gives: {REBUILD}")
-
-    def encode(self, pixels: Float32Array) -> SegmenterFeatures:
-        """Pixels f32 [3, H, W] to the features of one image, by output name."""
-        return self._encode(pixels[None])
-
-    def encode_batch(self, pixels: Float32Array) -> list[SegmenterFeatures]:
-        """Pixels f32 [B, 3, H, W] to the features of each image, computed as one batch."""
-        together = {name: value.numpy() for name, value in self._encode(pixels).items()}
-        return [
-            {name: ort.OrtValue.ortvalue_from_numpy(value[i : i + 1]) for name, value in together.items()}
-            for i in range(len(pixels))
-        ]
-
-    def _encode(self, pixels: Float32Array) -> SegmenterFeatures:
-        value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(pixels, np.float32))
-        outputs = self._encoder.run_with_ort_values(self._encoded, {"pixels": value})
-        return dict(zip(self._encoded, outputs, strict=True))
-
-    def decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
-        """Mask logits f32 [N, h, w] and scores f32 [N]."""
-        count = len(prompts.boxes)
-        if count <= self._most:
-            return self._decode(features, prompts)
-        parts = []
-        for first in range(0, count, self._most):
-            some = (part[first : first + self._most] for part in vars(prompts).values())
-            parts.append(self._decode(features, Prompts(*some)))
-        logits, scores = zip(*parts, strict=True)
-        return np.concatenate(logits), np.concatenate(scores)
-
-    def _decode(self, features: SegmenterFeatures, prompts: Prompts) -> tuple[Float32Array, Float32Array]:
-        given = {
-            "boxes": prompts.boxes,
-            "points": prompts.points,
-            "spatial_valid": prompts.spatial_valid,
-            "text_embeddings": prompts.text_embeddings,
-            "text_mask": prompts.text_mask,
-        }
-        feed = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for name, a in given.items()}
-        logits, scores = self._decoder.run_with_ort_values(["mask_logits", "scores"], {**features, **feed})
-        return logits.numpy(), scores.numpy()

@@ -15,7 +15,8 @@ import openvino as ov
 from ppcr.errors import BundleError, EngineError
 from ppcr.manifest import REBUILD
 from runtime.bundle import AUTO, Bundle
-from runtime.onnxruntime_session import OnnxMLLM, load_decoder, write_out_functions
+from runtime.onnxruntime_library import write_out_functions
+from runtime.onnxruntime_session import OnnxMLLM, load_decoder
 from runtime.session import Float32Array, Prompts, Sessions
 
 _PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")

@@ -60,7 +60,7 @@ def test_exported_weights_draw_the_same(
     segmenter: SamSegmenter, case: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     ort = pytest.importorskip("onnxruntime")
-    from runtime.onnxruntime_session import OnnxSegmenter
+    from runtime.onnxruntime_segmenter import OnnxSegmenter
 
     folder = tmp_path_factory.getbasetemp() / "mobile_sam"
     if not folder.is_dir():

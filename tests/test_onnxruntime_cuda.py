@@ -13,7 +13,13 @@ import pytest
 from PIL import Image
 
 from ppcr.errors import BundleError, EngineError
-from runtime import engine_checks, onnxruntime_cuda_session, onnxruntime_session, selection
+from runtime import (
+    engine_checks,
+    onnxruntime_cuda_session,
+    onnxruntime_library,
+    onnxruntime_session,
+    selection,
+)
 from runtime.bundle import Bundle
 from runtime.cuda_driver import Gpu
 from runtime.pipeline import Pipeline
@@ -118,7 +124,7 @@ def test_each_run_names_its_graph(bound: Sessions, loaded: Bundle, monkeypatch: 
 
     monkeypatch.setattr(cache, "_stepper", Recorder())
     monkeypatch.setattr(cache, "_decoder", Recorder())
-    monkeypatch.setattr(cache, "_recorded", onnxruntime_session.graph_options(3))
+    monkeypatch.setattr(cache, "_recorded", onnxruntime_library.graph_options(3))
     fed: dict[str, int] = {}
 
     class Binding:
@@ -139,7 +145,7 @@ def test_without_the_provider_one_line_says_what_to_install(
     loaded: Bundle, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EngineError, match="has no CUDAExecutionProvider: install onnxruntime-gpu"):
-        onnxruntime_session.require_provider("CUDAExecutionProvider")
+        onnxruntime_library.require_provider("CUDAExecutionProvider")
     with pytest.raises(EngineError, match="onnxruntime-gpu in the place of onnxruntime$"):
         OURS.load(loaded, threads=1)
     monkeypatch.setattr(engine_checks, "first_gpu", lambda: Gpu("sm_90", 13000))

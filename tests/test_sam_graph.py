@@ -19,8 +19,8 @@ from export.segmenter_graph import OUTPUTS, PROMPTS, write_image_encoder, write_
 from ppcr.model.sam import SamSegmenter
 from ppcr.model.sam_import import TextPath, assemble, load_transformers
 from ppcr.model.sam_weights import from_official
-from runtime import onnxruntime_session
-from runtime.onnxruntime_session import OnnxSegmenter
+from runtime import onnxruntime_segmenter
+from runtime.onnxruntime_segmenter import OnnxSegmenter
 from runtime.session import Prompts
 from tests import sam_factory as factory
 from tests.sam_factory import SIDE, TEXT
@@ -126,7 +126,7 @@ def test_the_runtime_decodes_each_image_of_a_batch(exported: Exported) -> None:
 def test_many_prompts_are_drawn_a_part_at_a_time(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = exported.session("image_encoder"), exported.session("mask_decoder")
     whole = OnnxSegmenter(*sessions)
-    monkeypatch.setattr(onnxruntime_session, "MASK_PIXELS", 3 * exported.segmenter.config.mask_size**2)
+    monkeypatch.setattr(onnxruntime_segmenter, "MASK_PIXELS", 3 * exported.segmenter.config.mask_size**2)
     parted = OnnxSegmenter(*sessions)
     features = whole.encode(pixels(1)[0].numpy())
     fed = Prompts(*(part.numpy() for part in prompts(7, 4)))

@@ -12,7 +12,7 @@ import torch
 
 from export.segmenter_graph import write_image_encoder, write_mask_decoder
 from ppcr.model.sam_import import TextPath, load_transformers
-from runtime.onnxruntime_session import OnnxSegmenter
+from runtime.onnxruntime_segmenter import OnnxSegmenter
 from runtime.session import Prompts
 from tests import sam_factory as factory
 
