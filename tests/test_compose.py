@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     import errno
 
-    import ppcr.model.sam as module
+    import ppcr.model.segmenter_files as module
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

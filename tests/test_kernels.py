@@ -188,12 +188,8 @@ def test_exact_products_compile_without_tensor_cores() -> None:
 
 def test_wide_tokens_attend_in_smaller_tiles() -> None:
     """A tile of 64 tokens of 256 columns would spill registers, one of 32 not fit a block of sm_120."""
-    assert [most_tokens(128, 2), most_tokens(256, 2), most_tokens(128, 4), most_tokens(16, 2)] == [
-        64,
-        32,
-        32,
-        64,
-    ]
+    found = [most_tokens(128, 2), most_tokens(256, 2), most_tokens(128, 4), most_tokens(16, 2)]
+    assert found == [64, 16, 32, 64]
     widest = max(v.constants["BN"] for _, v in variants((SAM_LONG,)) if v.kernel == "attend_tokens")
     assert widest == 16
 

@@ -21,6 +21,9 @@ LOOK_SHARE = 0.3
 SHARES = {"word": 1.0, "place": 0.5, "spell": 0.3, "point": 0.7, "fits": 0.3, "many": 0.3, "stand": 1.0}
 """Weight of each loss term once the model talks; looking alone weighs 1, then LOOK_SHARE."""
 
+READ_BACK_ERROR = 6.0
+"""Standard deviation, in bins, of the noise on coordinates that are read back: the error of the answers."""
+
 
 class Trainer(nn.Module):
     """The MLLM and its training-only heads; ``forward`` gives the loss terms of one batch."""
@@ -70,7 +73,11 @@ class Trainer(nn.Module):
         def values(reference: Tensor) -> Tensor:
             return coordinates.gather(1, reference.clamp(min=0))
 
-        located = (values(batch["reference"]) * LOCATION_BINS).long().clamp(0, LOCATION_BINS - 1)
+        # What is read back at inference is the model's own answer, some bins off: trained on exact places alone,
+        # it would find the next coordinate of one of several targets by the exact bins of the last.
+        read_back = values(batch["reference"]) * LOCATION_BINS
+        read_back = read_back + torch.randn_like(read_back) * READ_BACK_ERROR
+        located = read_back.long().clamp(0, LOCATION_BINS - 1)
         ids = torch.where(batch["reference"] >= 0, located + self.first_location, batch["ids"])
         language = self.model.model.language_model
         embeddings = language.embed_tokens(ids)
