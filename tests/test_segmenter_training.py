@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ppcr.data.graph import sample_scene
+from ppcr.errors import UsageError
 from ppcr.model.segmenter import Segmenter
 from ppcr.training.common import Ema, LossLog, cosine, load_resume, save_resume
 from ppcr.training.segmenter import Recipe, Trainer
@@ -134,7 +135,7 @@ def test_training_saves_and_resumes(tmp_path: Path) -> None:
     assert again.step == first.step and again.pool.next_seed == first.pool.next_seed
     assert again.budget.spent_s >= 3.0
     assert torch.equal(again.model.mask_decoder.queries, first.model.mask_decoder.queries)
-    with pytest.raises(ValueError, match="use another --output"):
+    with pytest.raises(UsageError, match="use another --output"):
         trainer(tmp_path, recipe(train="text"))
 
 

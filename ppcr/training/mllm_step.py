@@ -73,8 +73,8 @@ class Trainer(nn.Module):
         def values(reference: Tensor) -> Tensor:
             return coordinates.gather(1, reference.clamp(min=0))
 
-        # What is read back at inference is the model's own answer, some bins off: trained on exact places alone,
-        # it would find the next coordinate of one of several targets by the exact bins of the last.
+        # What is read back at inference is the model's own answer, some bins off: trained on exact places
+        # alone, it would find the next coordinate of one of several targets by the exact bins of the last.
         read_back = values(batch["reference"]) * LOCATION_BINS
         read_back = read_back + torch.randn_like(read_back) * READ_BACK_ERROR
         located = read_back.long().clamp(0, LOCATION_BINS - 1)
