@@ -119,21 +119,23 @@ def write_json(path: PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: PathLike, error: type[PPCRError], *, missing: str = "") -> dict[str, Any]:
+def read_json(path: PathLike, error: type[PPCRError], *, missing: str = "", cure: str = "") -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
         error: raised when the file cannot be read or holds something else.
         missing: the message where there is no such file (default: that there is none).
+        cure: what to do about a file that cannot be used, added to what is wrong with it.
     """
+    told = f"; {cure}" if cure else ""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise error(missing or f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as reason:
-        raise error(f"cannot read {path}: {reason}") from None
+        raise error(f"cannot read {path}: {reason}{told}") from None
     if not isinstance(data, dict):
-        raise error(f"{path} is not a JSON object")
+        raise error(f"{path} is not a JSON object{told}")
     return data
 
 

@@ -201,8 +201,9 @@ class Manifest:
         Raises:
             BundleError: missing, unreadable, of another version or for another target.
         """
+        path = bundle / MANIFEST
         missing = f"{bundle} is not a bundle (it has no {MANIFEST}): make one: {ENGINES}"
-        manifest = cls.from_dict(read_json(bundle / MANIFEST, BundleError, missing=missing))
+        manifest = cls.from_dict(read_json(path, BundleError, missing=missing, cure=REBUILD))
         if manifest.target != target:
             raise BundleError(f"this bundle was built for {manifest.target!r}, not for {target!r}: {REBUILD}")
         return manifest

@@ -134,7 +134,7 @@ def test_accuracy_tells_what_is_wrong(
     [
         (["--images", "0"], 2, "--images must be 1 or more"),
         (["--repeats", "0"], 2, "--repeats must be 1 or more"),
-        (["--threads", "1", "0"], 2, "--threads must be 1 or more"),
+        (["--threads", "1", "0"], 2, "threads must be 1 to"),
         (["--save", "../x"], 2, "plain name"),
         (["--bundle", "no-such-bundle"], 6, "export/build_engines.py"),
     ],
