@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ppcr.data.dyes import DYES
 from ppcr.data.graph import COLORS, MATERIALS, SHAPES, SIZE_RADIUS, SIZES, SceneGraph
 
 FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -22,6 +23,9 @@ FIELDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("shape", SHAPES),
 )
 """Described properties in canonical order, each with its values (also the order of a noun phrase)."""
+
+_WORDS = tuple((name, (*values, *DYES) if name == "color" else values) for name, values in FIELDS)
+"""The same with the dyes, which a scene may have but no description is drawn from."""
 
 AXIS_RELATIONS = ("left of", "right of", "above", "below", "behind", "in front of")
 DISTANCE_RELATIONS = ("nearest to", "farthest from")
@@ -107,7 +111,7 @@ class Relations:
     def having(self) -> dict[str, int]:
         """Property word -> objects that have it; every word of FIELDS is a key."""
         table: dict[str, int] = {}
-        for name, values in FIELDS:
+        for name, values in _WORDS:
             bits = [0] * len(values)
             for i, value in enumerate(getattr(self.graph, name).tolist()):
                 bits[value] |= 1 << i
@@ -117,7 +121,7 @@ class Relations:
     @cached_property
     def words(self) -> list[dict[str, str]]:
         """Per object: field name -> word."""
-        columns = [[values[v] for v in getattr(self.graph, name).tolist()] for name, values in FIELDS]
+        columns = [[values[v] for v in getattr(self.graph, name).tolist()] for name, values in _WORDS]
         names = [name for name, _ in FIELDS]
         return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppcr.data.dyes import DYES
 from ppcr.data.graph import SHAPES, SIZE_RADIUS, SIZES, SceneGraph
 from ppcr.data.shapes import COS, EXTENT, SIN, TRACERS, YAW, shade
 from ppcr.data.table import Scenes, draw_table, expose
@@ -30,6 +31,7 @@ ALBEDO = (  # in the order of graph.COLORS
     (0.54, 0.14, 0.72),
     (0.94, 0.94, 0.94),
 )
+_PALETTE = np.array((*ALBEDO, *DYES.values()), np.float32)
 
 # Cast shadow of each of graph.SHAPES, a tapered capsule on the ground: height of the point that casts its
 # tip, half width at the base, half width at the tip, in radii.
@@ -128,7 +130,7 @@ class _Objects:
                 radius,
                 np.cos(yaw),
                 np.sin(yaw),
-                np.array(ALBEDO, np.float32)[color] if albedo is None else np.concatenate(albedo),
+                _PALETTE[color] if albedo is None else np.concatenate(albedo),
                 material,
                 light[:, :4],
             )

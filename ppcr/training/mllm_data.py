@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from ppcr.data.dyes import dye
 from ppcr.data.expressions import Expression, sample_expressions
-from ppcr.data.graph import SceneGraph, sample_scene
+from ppcr.data.graph import COLORS, SceneGraph, sample_scene
 from ppcr.data.render import render
 from ppcr.data.repaint import repaint
 from ppcr.training.packing import Packer, stack
@@ -91,8 +92,8 @@ def draw(
         classes[i, : len(graph)] = torch.from_numpy(
             np.stack([graph.shape, graph.color, graph.material, graph.size], 1)
         )
-    if albedo is not None:
-        classes[..., 1] = NO_NAME
+    # A dye has a name, but not to the object head.
+    classes[..., 1][(classes[..., 1] >= len(COLORS)) | (albedo is not None)] = NO_NAME
     return Scenes(
         patches, pad(rendered.boxes), pad(rendered.points), classes.to(device), pad(rendered.present)
     )
@@ -134,6 +135,8 @@ class Conversations(IterableDataset[dict[str, Any]]):
     def make(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng((self.seed, step))
         graphs = [sample_scene("train", int(s)) for s in rng.integers(0, 2**31 - 1, self.batch)]
+        if self.level.value >= 2:
+            graphs[1::2] = [dye(graph, rng) for graph in graphs[1::2]]
         packs = [self.packer.pack(graph, self._expressions(graph, rng)) for graph in graphs]
         arrays = stack(packs)
         out: dict[str, Any] = {k: torch.from_numpy(v) for k, v in arrays.items()}
