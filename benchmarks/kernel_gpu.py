@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import BOUNDS, DTYPES, ITEMSIZE, Case, Inputs, check, check_all, inputs
+from benchmarks.kernel_cases import DTYPES, ITEMSIZE, Case, Inputs, check, check_all, inputs
 from benchmarks.kernel_floor import two_way as floor_of_two_way
 from benchmarks.kernel_rivals import Step, rivals, two_way
 from benchmarks.timing import Spread
@@ -235,7 +235,3 @@ def masks_agree(seed: int, dtype: torch.dtype = torch.float16) -> tuple[float, f
     either = (masks["off"] | masks["auto"]).flatten(1).sum(1).float()
     iou = torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(either))
     return float(iou.min()), spent["off"] / spent["auto"]
-
-
-def within_bounds(errors: list[dict[str, Any]]) -> bool:
-    return all(row["error"] <= BOUNDS[row["dtype"]] for row in errors)

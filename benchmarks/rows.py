@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ppcr.errors import EngineError, PPCRError, UsageError
+from ppcr.errors import PPCRError, UsageError
 from ppcr.manifest import Manifest
 from runtime import selection
 from runtime.bundle import AUTO
-from runtime.cuda_driver import first_gpu
-from runtime.engine_checks import OWN_PRECISIONS
+from runtime.engine_checks import OWN_PRECISIONS, has_gpu
 from runtime.session import BACKENDS
 
 DEFAULT, ALL = "onnxruntime", "all"
@@ -81,7 +80,7 @@ def plan(
                 left_out[RowPlan(engine, precision).name] = str(error)
                 continue
             run.add(precision)
-            on_gpu = found.name in _GPU_ENGINES and _has_gpu()
+            on_gpu = found.name in _GPU_ENGINES and has_gpu()
             rows.append(RowPlan(found.name, found.precision, on_gpu))
     for precision, reason in refused.items():
         if not rows or (precisions and precision not in run):
@@ -94,11 +93,3 @@ def _precisions_of(engine: str, manifest: Manifest) -> Sequence[str]:
     if engine == "tensorrt":
         return list(dict.fromkeys(entry.precision for entry in manifest.engines)) or [AUTO]
     return own if engine == "torch" else [*manifest.precisions, *own]
-
-
-def _has_gpu() -> bool:
-    try:
-        first_gpu()
-    except EngineError:
-        return False
-    return True

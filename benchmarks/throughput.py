@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.report import percent
 from benchmarks.timing import Spread
 from benchmarks.worker import Run, Task
 from benchmarks.workers import Worker
@@ -93,11 +94,10 @@ def table(system: str, threads: int, found: Sequence[Throughput]) -> list[str]:
         f"{'mIoU %':>8}{'peak MB':>9}",
     ]
     for one in found:
-        iou = "-" if one.mean_mask_iou is None else f"{100 * one.mean_mask_iou:.2f}"
         lines.append(
             f"{one.way:<16}{1e3 * one.seconds.p50:>10.1f}{1e3 * one.seconds.p90:>9.1f}"
             f"{1e3 * one.seconds.p50 / one.expressions:>9.1f}{one.rate:>8.1f}{one.rate / first.rate:>8.2f}x"
-            f"{iou:>8}{one.peak_memory_mb:>9.0f}"
+            f"{percent(one.mean_mask_iou):>8}{one.peak_memory_mb:>9.0f}"
         )
     return lines
 

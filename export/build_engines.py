@@ -24,7 +24,7 @@ from ppcr.errors import BundleError, CommandParser, ParityError, UsageError, run
 from ppcr.files import atomic_directory
 from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
 from runtime.attention_plugin import OPTION
-from runtime.bundle import AUTO
+from runtime.bundle import AUTO, DEFAULT_BUNDLE
 from runtime.session import BACKENDS
 from runtime.tensorrt_library import CURRENT, TARGETS
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from export.engine_layers import Built
     from export.parity import Progress
 
-DEFAULT_OUTPUT = Path("bundles/ppcr-tiny-cpu")
 PRECISIONS = ("fp32", "int8")
 PRETRAINED_PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 PRETRAINED_DEFAULT = ("int4", "int8")
@@ -61,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     shipped = "default: the shipped ppcr-tiny"
     out.add_argument("--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help=shipped)
     output = "default: %(default)s"
-    out.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help=output)
+    out.add_argument("--output", type=Path, default=DEFAULT_BUNDLE, metavar="DIR", help=output)
     out.add_argument(
         "--precision",
         type=_precisions,

@@ -23,7 +23,6 @@ from onnx import helper, numpy_helper
 from export.attention_function import inlined
 from ppcr.int8 import fit
 
-PRECISIONS = ("fp32", "int8")
 WEIGHTS_ONLY = frozenset({"vision", "decoder"})
 _FULL_WEIGHTS = ("lm_head.weight",)  # tied to the embedding, which stays as it is
 _OPERATORS = ["MatMul"]

@@ -22,7 +22,6 @@ from typing import Any
 if __package__ in (None, ""):  # run as a script: import from the repository root, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from export.build_engines import DEFAULT_OUTPUT
 from export.extend import held_files, link_files
 from export.model_optimizer import (
     CALIBRATION_SCENES,
@@ -35,9 +34,10 @@ from export.tensorrt_llm_checkpoint import BUILD, require_engine_path, write_eng
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.config import MLLMConfig
 from ppcr.errors import BundleError, CheckpointError, CommandParser, run_cli
-from ppcr.files import atomic_directory, write_json, write_text
+from ppcr.files import atomic_directory, read_json, write_json, write_text
 from ppcr.manifest import MANIFEST, REBUILD, Manifest, files_below
 from ppcr.prompts import IMAGE_PAD, VISION_END, VISION_START
+from runtime.bundle import DEFAULT_BUNDLE
 
 FOLDER = "tensorrt_llm"
 ENGINE_FOLDER = "engine_checkpoint"
@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", type=Path, default=SHIPPED, metavar="DIR", help="default: the shipped ppcr-tiny"
     )
     made.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="the bundle (default: %(default)s)"
+        "--output", type=Path, default=DEFAULT_BUNDLE, metavar="DIR", help="the bundle (default: %(default)s)"
     )
     made.add_argument(
         "--quantize",
@@ -147,7 +147,8 @@ def write_package(
         quantize_directory(checkpoint, model, quantize, scenes=scenes, progress=progress)
     if engine_checkpoint:
         write_engine_checkpoint(checkpoint, folder / ENGINE_FOLDER)
-    write_json(model / _TOKENIZER_CONFIG, with_template(_read(model / _TOKENIZER_CONFIG)))
+    tokenizer = read_json(model / _TOKENIZER_CONFIG, CheckpointError)
+    write_json(model / _TOKENIZER_CONFIG, with_template(tokenizer))
     write_json(model / "preprocessor_config.json", image_processor(config))
     write_text(folder / "llm_args.yaml", yaml(llm_arguments(config)))
     command = SERVE.format(model="model", arguments="llm_args.yaml")
@@ -214,14 +215,6 @@ def yaml(values: dict[str, Any], indent: int = 0) -> str:
             else f"{head} {json.dumps(value)}\n"
         )
     return "".join(lines)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path.name} of the checkpoint: {error}") from None
-    return data
 
 
 _README = """# TensorRT-LLM package

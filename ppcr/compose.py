@@ -8,7 +8,6 @@ and renamed into it: an error, or Ctrl-C, leaves nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from ppcr import pretrained
 from ppcr.checkpoint import Checkpoint
 from ppcr.config import MLLMConfig, PPCRConfig, SegmenterConfig
 from ppcr.errors import CheckpointError, CommandParser, run_cli
-from ppcr.files import atomic_directory, write_json
+from ppcr.files import atomic_directory, read_json, write_json
 
 if TYPE_CHECKING:
     from ppcr.model.sam import SamSegmenter
@@ -144,18 +143,8 @@ def hidden_size(mllm: Path) -> int:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(
-            f"{folder} holds no config.json: give the directory of a Hugging Face MLLM"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return values
+    missing = f"{folder} holds no config.json: give the directory of a Hugging Face MLLM"
+    return read_json(folder / "config.json", CheckpointError, missing=missing)
 
 
 if __name__ == "__main__":

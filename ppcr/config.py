@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from ppcr.errors import CheckpointError
 from ppcr.files import read_json
+from ppcr.kinds import read_fields, require_kinds
 
 FORMAT = 1
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -114,10 +113,10 @@ class PPCRConfig:
             )
         try:
             parts = {
-                "mllm": _read(MLLMConfig, data["mllm"]),
-                "segmenter": _read(SegmenterConfig, data["segmenter"]),
+                "mllm": read_fields(MLLMConfig, data["mllm"]),
+                "segmenter": read_fields(SegmenterConfig, data["segmenter"]),
             }
-            return _checked(cls(**{**data, **parts}))
+            return require_kinds(cls(**{**data, **parts}))
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(
                 f"the checkpoint's config.json does not fit this version of ppcr: {error}"
@@ -132,27 +131,3 @@ class PPCRConfig:
         """
         missing = f"{checkpoint} is not a checkpoint: expected config.json, mllm/ and segmenter/ in it"
         return cls.from_dict(read_json(checkpoint / "config.json", CheckpointError, missing=missing))
-
-
-def _read(kind: type[_T], data: dict[str, Any]) -> _T:
-    return _checked(kind(**{name: _frozen(value) for name, value in data.items()}))
-
-
-def _checked(made: _T) -> _T:
-    """`made`, whose fields have the kinds of its class's defaults. Raises TypeError."""
-    for name, usual in vars(type(made)()).items():
-        value = getattr(made, name)
-        number = isinstance(usual, float) and isinstance(value, int)
-        if not (isinstance(value, type(usual)) or number):
-            raise TypeError(f"{name} is {value!r}")
-        if isinstance(usual, tuple) and usual and (len(value) != len(usual) or not _numbers(value)):
-            raise TypeError(f"{name} is {list(value)!r}, not {len(usual)} numbers")
-    return made
-
-
-def _numbers(values: tuple[Any, ...]) -> bool:
-    return all(isinstance(value, int | float) for value in values)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value

@@ -90,8 +90,12 @@ def atomic_directory(path: PathLike, *, marker: str | None = None) -> Iterator[P
             shutil.rmtree(part, ignore_errors=True)
 
 
-def ensure_directory(path: PathLike) -> Path:
-    """Make the folder `path` where missing; check that a file can be made in it. Raises OutputError."""
+@contextmanager
+def ensured_directory(path: PathLike) -> Iterator[Path]:
+    """Make the folder `path` where missing, check that a file can be made in it, and yield it.
+
+    Folders made for it are removed again on failure, where nothing lies in them by then. Raises OutputError.
+    """
     target = _resolve(path)
     probe = _beside(target / "probe", "")
     with _output_errors(target, probe), _made_parents(probe):
@@ -100,7 +104,7 @@ def ensure_directory(path: PathLike) -> Path:
         finally:
             with suppress(OSError):
                 probe.unlink(missing_ok=True)
-    return Path(path)
+        yield Path(path)
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from ppcr import __version__
 from ppcr.errors import BundleError
 from ppcr.files import read_json, sha256_file, write_json
+from ppcr.kinds import read_fields, require_kinds
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -175,21 +176,16 @@ class Manifest:
                 f"this bundle was built by ppcr {data.get('ppcr')!r}, this is ppcr {__version__}: {REBUILD}"
             )
         try:
-            shapes: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in data["shapes"].items()
-            }
             manifest = cls(
                 **{
                     **data,
-                    "files": {str(k): FileEntry(**v) for k, v in data["files"].items()},
-                    "shapes": Shapes(**shapes),
-                    "parity": {str(k): Parity(**v) for k, v in data["parity"].items()},
-                    "engines": tuple(
-                        EngineEntry(**{**v, "options": tuple(v["options"])}) for v in data.get("engines", ())
-                    ),
+                    "files": {str(k): read_fields(FileEntry, v) for k, v in data["files"].items()},
+                    "shapes": read_fields(Shapes, data["shapes"]),
+                    "parity": {str(k): read_fields(Parity, v) for k, v in data["parity"].items()},
+                    "engines": tuple(read_fields(EngineEntry, v) for v in data.get("engines", ())),
                 }
             )
-            manifest._require_complete()
+            require_kinds(manifest)._require_complete()
         except (TypeError, KeyError, AttributeError) as error:
             raise BundleError(f"{MANIFEST} does not fit this version of ppcr ({error}): {REBUILD}") from None
         return manifest

@@ -79,7 +79,7 @@ def graph_precision(name: str, manifest: Manifest, computed: str) -> str:
 
 def gate_name(name: str) -> str:
     """What the manifest's parity figures call an engine here: torch on a CPU proves nothing of a GPU."""
-    return "torch-cpu" if name == "torch" and not _has_gpu() else name
+    return "torch-cpu" if name == "torch" and not has_gpu() else name
 
 
 def find_checkpoint(manifest: Manifest, given: Path | None) -> Path:
@@ -152,7 +152,8 @@ CHECKS: dict[str, Callable[[Asked], None]] = {
 """By engine; those of ``runtime.session.BACKENDS`` without one tell when they are loaded."""
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether this machine has a GPU with a driver that works."""
     try:
         first_gpu()
     except EngineError:

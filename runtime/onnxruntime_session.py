@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ppcr.manifest import WEIGHTS, Shapes, vision_role
 from ppcr.tensors import RowTable
 from runtime.bundle import Bundle
+from runtime.contexts import FilledContext
 from runtime.onnxruntime_library import Binding, Session, Value, floats_of, open_graph
 from runtime.onnxruntime_segmenter import OnnxSegmenter
 from runtime.positions import Tables, make_tables
@@ -158,7 +159,7 @@ class OnnxMLLM:
         return min(most, -(-wanted // _CACHE_STEP) * _CACHE_STEP)
 
 
-class OnnxContext:
+class OnnxContext(FilledContext):
     """`runtime.session.Context`: two sets of bindings over one KV cache, for single tokens and for blocks.
 
     The cache is bound as input and as output, so that it is updated in place. For single tokens every buffer
@@ -177,7 +178,7 @@ class OnnxContext:
     ) -> None:
         self._decoder, self._stepper = decoders
         self._embedding, self._image_token = embedding, image_token
-        self._capacity, self._length = length, 0
+        self._capacity = length
         half = shapes.head_dim // 2
         self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
         self._at, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -230,11 +231,6 @@ class OnnxContext:
         self._decoder.run_with_iobinding(self._block)
 
     @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
-
-    @property
     def capacity(self) -> int:
         """Tokens the cache can hold."""
         return self._capacity
@@ -247,12 +243,6 @@ class OnnxContext:
         """Begin with the keys and values of ``length`` tokens that another context has computed."""
         for place, memory in self._cache.items():
             memory[:, :, :length] = snapshot[place]
-        self._length = length
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position ``length`` on: the cache's rows are simply written again."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a context of {self._length} tokens to {length}")
         self._length = length
 
     def extend(self, token_ids: Sequence[int], features: Float32Array | None = None) -> Float32Array:

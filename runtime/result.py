@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from ppcr import __version__, boxes, masks
 from ppcr.errors import PPCRError
-from ppcr.files import ensure_directory, output_error
+from ppcr.files import ensured_directory, output_error
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from runtime.timing import Timing
 
@@ -136,29 +135,24 @@ class Result:
         Raises:
             OutputError: the folder cannot be written, or the disk is full.
         """
-        target = Path(folder)
-        made = not target.exists()
-        ensure_directory(target)
-        part: str | None = None
-        try:
-            part = tempfile.mkdtemp(prefix=".ppcr-", dir=target)
-            names = self._write(Path(part))
-            for stale in target.glob("mask_*.png"):
-                if stale.name not in names and stale.stem.removeprefix("mask_").isdecimal():
-                    stale.unlink()
-            for name in names:
-                os.replace(Path(part) / name, target / name)
-        except PPCRError as error:
-            # It names a file of the hidden folder, which the user has never heard of.
-            raise output_error(target, error.__cause__ or error) from error
-        except OSError as error:
-            raise output_error(target, error) from error
-        finally:
-            if part is not None:
-                shutil.rmtree(part, ignore_errors=True)
-            if made:
-                with suppress(OSError):  # it holds something already, or went away meanwhile
-                    target.rmdir()
+        with ensured_directory(folder) as target:
+            part: str | None = None
+            try:
+                part = tempfile.mkdtemp(prefix=".ppcr-", dir=target)
+                names = self._write(Path(part))
+                for stale in target.glob("mask_*.png"):
+                    if stale.name not in names and stale.stem.removeprefix("mask_").isdecimal():
+                        stale.unlink()
+                for name in names:
+                    os.replace(Path(part) / name, target / name)
+            except PPCRError as error:
+                # It names a file of the hidden folder, which the user has never heard of.
+                raise output_error(target, error.__cause__ or error) from error
+            except OSError as error:
+                raise output_error(target, error) from error
+            finally:
+                if part is not None:
+                    shutil.rmtree(part, ignore_errors=True)
         return target / OVERLAY
 
     def _write(self, part: Path) -> list[str]:

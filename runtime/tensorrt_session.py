@@ -16,6 +16,7 @@ from ppcr.manifest import REBUILD, EngineEntry
 from runtime import tensorrt_library
 from runtime.attention_plugin import OPTION, register
 from runtime.bundle import AUTO, Bundle
+from runtime.contexts import SlotContext
 from runtime.device import DeviceMemory, PinnedArray, Stream, current_device
 from runtime.positions import make_tables
 from runtime.session import Float32Array, Sessions
@@ -99,7 +100,7 @@ class TensorRTMLLM:
         *,
         prefix: Sequence[int] = (),
         size: tuple[int, int] | None = None,
-    ) -> TensorRTContext:
+    ) -> SlotContext[Slot]:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on.
 
         Its cache is that of a conversation that ended, or a new one.
@@ -109,7 +110,7 @@ class TensorRTMLLM:
             raise ValueError(f"a context of {max_length} tokens: this bundle's cache holds 1 to {most}")
         with self._lock:
             slot = self._free.pop() if self._free else self._slot()
-        context = TensorRTContext(self, slot)
+        context = SlotContext(self, slot)
         key = tuple(prefix)
         if not key:
             return context
@@ -148,42 +149,3 @@ class TensorRTMLLM:
 
     def _slot(self) -> Slot:
         return Slot(self._decoder, self._shapes, self._tables, self._stream)
-
-
-class TensorRTContext:
-    """`runtime.session.Context` on a slot, which goes back when the conversation is forgotten."""
-
-    def __init__(self, session: TensorRTMLLM, slot: Slot) -> None:
-        self._session, self._slot, self._length = session, slot, 0
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        """Tokens the cache can hold."""
-        return self._slot.capacity
-
-    def begin(self, length: int) -> None:
-        """The slot's cache holds ``length`` tokens already."""
-        self._length = length
-
-    def extend(self, token_ids: Sequence[int], features: DeviceFeatures | None = None) -> Float32Array:
-        """Run a block; logits f32 [vocabulary] after its last token, overwritten by the next call."""
-        count, start = len(token_ids), self._length
-        if not 0 < count <= self.capacity - start:
-            raise ValueError(f"{count} tokens do not fit after {start} of a context of {self.capacity}")
-        logits = self._session.run(self._slot, token_ids, start, features)
-        self._length = start + count
-        return logits
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position ``length`` on: the cache's rows are simply written again."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a context of {self._length} tokens to {length}")
-        self._length = length
-
-    def __del__(self) -> None:
-        self._session.release(self._slot)

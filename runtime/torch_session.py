@@ -27,6 +27,7 @@ from ppcr.model.checkpoint import load_mllm
 from ppcr.model.prompt_encoder import Prompts as TensorPrompts
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
 from runtime.bundle import AUTO, Bundle
+from runtime.contexts import SlotContext
 from runtime.engine_checks import find_checkpoint
 from runtime.positions import make_tables
 from runtime.session import Float32Array, Prompts, Sessions
@@ -147,7 +148,7 @@ class TorchMLLM:
         *,
         prefix: Sequence[int] = (),
         size: tuple[int, int] | None = None,
-    ) -> TorchContext:
+    ) -> SlotContext[TorchSlot]:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on.
 
         Its cache is that of a conversation that ended, or a new one.
@@ -162,7 +163,7 @@ class TorchMLLM:
             slot = fitting[-1] if fitting else self._slot(size)
             if fitting:
                 self._free.remove(slot)
-            context = TorchContext(self, slot)
+            context = SlotContext(self, slot)
             if not key:
                 return context
             # Positions of the text before an image do not depend on the image's size.
@@ -218,45 +219,6 @@ def _features(seen: Any) -> list[Tensor]:
 def _array(logits: Tensor) -> Float32Array:
     found: Float32Array = logits.numpy()
     return found
-
-
-class TorchContext:
-    """`runtime.session.Context` on a slot, which goes back when the conversation is forgotten."""
-
-    def __init__(self, session: TorchMLLM, slot: TorchSlot) -> None:
-        self._session, self._slot, self._length = session, slot, 0
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        """Tokens the cache can hold."""
-        return self._slot.capacity
-
-    def begin(self, length: int) -> None:
-        """The slot's cache holds ``length`` tokens already."""
-        self._length = length
-
-    def extend(self, token_ids: Sequence[int], features: Tensor | None = None) -> Float32Array:
-        """Run a block; logits f32 [vocabulary] after its last token, overwritten by the next call."""
-        count, start = len(token_ids), self._length
-        if not 0 < count <= self.capacity - start:
-            raise ValueError(f"{count} tokens do not fit after {start} of a context of {self.capacity}")
-        logits = self._session.run(self._slot, token_ids, start, features)
-        self._length = start + count
-        return logits
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position ``length`` on: the cache's rows are simply written again."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate a context of {self._length} tokens to {length}")
-        self._length = length
-
-    def __del__(self) -> None:
-        self._session.release(self._slot)
 
 
 class TorchSegmenter:

@@ -7,7 +7,7 @@ import torch
 
 from ppcr.model.checkpoint import load_mllm
 from ppcr.tokenizer import PromptTokenizer
-from ppcr.training.calibrate import calibrate, count_tokens, shift_for
+from ppcr.training.calibrate import calibrate, shift_for
 from tests import factory
 
 
@@ -26,4 +26,4 @@ def test_only_the_row_of_none_moves_and_the_share_is_met() -> None:
     found = calibrate(model, tokenizer, false_none=0.1, scenes=16)
     assert found["after_false"] == pytest.approx(0.1, abs=0.03)
     moved = torch.nonzero((table != before).any(1))[:, 0].tolist()
-    assert moved == [count_tokens(tokenizer)[0]]
+    assert moved == [tokenizer.count_tokens[0]]

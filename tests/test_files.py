@@ -15,7 +15,7 @@ from ppcr.errors import BundleError, OutputError
 from ppcr.files import (
     atomic_directory,
     atomic_file,
-    ensure_directory,
+    ensured_directory,
     sha256_directory,
     sha256_file,
     write_bytes,
@@ -120,8 +120,8 @@ def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for call in (
         lambda: write_text(tmp_path / "file" / "a", "x"),
-        lambda: ensure_directory(tmp_path / "file"),
-        lambda: ensure_directory(tmp_path / "file" / "sub"),
+        lambda: ensured_directory(tmp_path / "file").__enter__(),
+        lambda: ensured_directory(tmp_path / "file" / "sub").__enter__(),
         lambda: atomic_directory(tmp_path / "file").__enter__(),
         lambda: atomic_directory(tmp_path / "file" / "sub").__enter__(),
     ):
@@ -149,8 +149,8 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
         pytest.skip("this user (root?) may write anywhere")
     for call in (
         lambda: write_text(locked / "a", "x"),
-        lambda: ensure_directory(locked / "sub"),
-        lambda: ensure_directory(locked),
+        lambda: ensured_directory(locked / "sub").__enter__(),
+        lambda: ensured_directory(locked).__enter__(),
         lambda: atomic_directory(locked / "sub").__enter__(),
     ):
         with pytest.raises(OutputError, match="permission denied"):
@@ -165,7 +165,7 @@ def test_permission_denied_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "mkdir", denied)
     for call in (
         lambda: write_text(tmp_path / "sub" / "a", "x"),
-        lambda: ensure_directory(tmp_path / "sub"),
+        lambda: ensured_directory(tmp_path / "sub").__enter__(),
         lambda: atomic_directory(tmp_path / "sub").__enter__(),
     ):
         with pytest.raises(OutputError, match="permission denied; choose a place"):
@@ -180,11 +180,23 @@ def test_a_link_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "real.txt").read_text() == "new"
 
 
-def test_ensure_directory_leaves_no_probe(tmp_path: Path) -> None:
-    assert ensure_directory(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+def test_an_ensured_directory_holds_no_probe(tmp_path: Path) -> None:
+    for _ in range(2):
+        with ensured_directory(tmp_path / "a" / "b") as made:
+            assert made == tmp_path / "a" / "b"
+            assert names(tmp_path) == ["a", "a/b"]
     assert names(tmp_path) == ["a", "a/b"]
-    ensure_directory(tmp_path / "a" / "b")
-    assert names(tmp_path) == ["a", "a/b"]
+
+
+def test_an_ensured_directory_goes_with_its_parents_when_nothing_came_to_lie_in_it(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyError), ensured_directory(tmp_path / "old" / "a" / "b"):
+        raise KeyError
+    assert names(tmp_path) == ["old"]
+    with pytest.raises(KeyError), ensured_directory(tmp_path / "old" / "a" / "b") as made:
+        (made.parent / "kept.txt").write_text("")
+        raise KeyError
+    assert names(tmp_path) == ["old", "old/a", "old/a/kept.txt"]
 
 
 def test_a_directory_appears_whole(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ppcr.data.relations import Phrase, Query, resolve
 from ppcr.data.render import render
 from ppcr.data.scenes import scene_examples
 from ppcr.errors import CommandParser, run_cli
-from ppcr.files import ensure_directory, write_json
+from ppcr.files import ensured_directory, write_json
 from ppcr.masks import encode_rle, save_png
 
 DEMO = "all red spheres behind the green cube"
@@ -57,7 +57,11 @@ def samples() -> Iterator[tuple[SceneGraph, list[tuple[str, tuple[int, ...]]]]]:
 
 def write_samples(output: Path) -> Path:
     """Write scene_<i>.png (256 x 256) and samples.json. Returns the latter's path. Raises OutputError."""
-    ensure_directory(output)
+    with ensured_directory(output):
+        return _write_samples(output)
+
+
+def _write_samples(output: Path) -> Path:
     listing: list[dict[str, Any]] = []
     for number, (graph, expressions) in enumerate(samples()):
         rendered = render([graph], SIZE)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from ppcr.model.segmenter_files import parse_config
 from ppcr.model.tiny_vit import TinyViTSizes
 
 ARCHITECTURES = ("mobile_sam", "sam", "sam2")
@@ -72,17 +72,5 @@ class SamConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SamConfig:
-        """Read config.json's text.
-
-        Raises:
-            ValueError: of another architecture, or unknown fields.
-        """
-        values: dict[str, Any] = json.loads(text)
-        found = values.get("architecture")
-        if found not in ARCHITECTURES:
-            raise ValueError(f"architecture {found!r} is none of {', '.join(ARCHITECTURES)}")
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"unknown fields in the segmenter's config: {', '.join(sorted(unknown))}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        """Read config.json's text. Raises ValueError, as `parse_config`."""
+        return parse_config(cls, text, ARCHITECTURES)

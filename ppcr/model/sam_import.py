@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppcr.errors import CheckpointError
+from ppcr.files import read_json
 from ppcr.model.sam import SamSegmenter
 from ppcr.model.sam_config import SamConfig
 from ppcr.model.sam_weights import from_official, from_transformers
@@ -84,23 +84,17 @@ def load_transformers(folder: Path, text: TextPath) -> SamSegmenter:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"{folder} holds no config.json: give mobile_sam.pt, or a directory of transformers' SAM or SAM 2"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    found = values.get("model_type") if isinstance(values, dict) else None
+    public = "give mobile_sam.pt, or a directory of transformers' SAM or SAM 2"
+    missing = f"{folder} holds no config.json: {public}"
+    values = read_json(folder / "config.json", CheckpointError, missing=missing, cure=public)
+    found = values.get("model_type")
     if found not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise CheckpointError(
             f"{folder} holds a {found!r}, which is no segmenter known here: give mobile_sam.pt or a "
             f"directory whose config.json says one of {known}"
         )
-    return dict(values)
+    return values
 
 
 def _family(values: dict[str, Any]) -> str:

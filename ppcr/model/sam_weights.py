@@ -63,7 +63,6 @@ _TRANSFORMERS_HEADS: tuple[Rule, ...] = (
     (r"(_heads\.\d+|_head)\.proj_in\.", r"\1.0."),
     (r"(_heads\.\d+|_head)\.layers\.(\d+)\.", lambda m: f"{m[1]}.{2 * int(m[2]) + 2}."),
 )
-_FREQUENCIES = "prompt_encoder.position.frequencies"
 _PROMPTS: tuple[Rule, ...] = (
     (
         r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from ppcr.model.image_encoder import ImageEncoder
 from ppcr.model.mask_decoder import CellFeatures, MaskDecoder
 from ppcr.model.prompt_encoder import PromptEncoder, Prompts
-from ppcr.model.segmenter_files import fill, read_config, save_segmenter
+from ppcr.model.segmenter_files import fill, parse_config, read_config, save_segmenter
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,8 @@ class SegmenterConfig:
 
     @classmethod
     def from_json(cls, text: str) -> SegmenterConfig:
-        """Read config.json's text.
-
-        Raises:
-            ValueError: not this architecture, or unknown fields.
-        """
-        values: dict[str, Any] = json.loads(text)
-        if values.get("architecture") != cls.architecture:
-            found = values.get("architecture")
-            raise ValueError(f"not a {cls.architecture} segmenter: architecture {found!r}")
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"unknown fields in the segmenter's config: {', '.join(sorted(unknown))}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        """Read config.json's text. Raises ValueError, as `parse_config`."""
+        return parse_config(cls, text, (cls.architecture,))
 
 
 class Segmenter(nn.Module):

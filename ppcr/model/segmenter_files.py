@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from ppcr.kinds import read_fields
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
+_Config = TypeVar("_Config", bound="DataclassInstance")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -40,6 +44,22 @@ def save_segmenter(
         partial.replace(folder / WEIGHTS_FILE)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def parse_config(kind: type[_Config], text: str, architectures: Sequence[str]) -> _Config:
+    """config.json's text as ``kind``.
+
+    Raises:
+        ValueError: of none of ``architectures``, or fields are unknown or of another kind.
+    """
+    values: dict[str, Any] = json.loads(text)
+    found = values.get("architecture")
+    if found not in architectures:
+        raise ValueError(f"architecture {found!r} is none of {', '.join(architectures)}")
+    try:
+        return read_fields(kind, values)
+    except TypeError as error:
+        raise ValueError(f"the segmenter's config.json does not fit this version of ppcr: {error}") from None
 
 
 def read_config(folder: str | Path) -> str:

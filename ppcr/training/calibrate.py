@@ -23,18 +23,11 @@ from ppcr.errors import run_cli
 from ppcr.model.checkpoint import load_mllm, save_mllm
 from ppcr.model.mllm import TinyMLLM, text_hidden, vision_features
 from ppcr.model.slot_attention import SLOTS
-from ppcr.prompts import COUNT_WORDS, SemanticPrompt
 from ppcr.tokenizer import PromptTokenizer
 from ppcr.training.mllm_data import OBJECTS, draw
 from ppcr.training.packing import Packer, stack
 
 _BATCH = 16
-
-
-def count_tokens(tokenizer: PromptTokenizer) -> list[int]:
-    """The ids of "none", "one", … "six"."""
-    prompts = (SemanticPrompt("object", count=count) for count in range(len(COUNT_WORDS)))
-    return [tokenizer.encode(prompt.text)[-1] for prompt in prompts]
 
 
 @torch.no_grad()
@@ -80,7 +73,7 @@ def calibrate(
     """Move the row of "none" in place; returns shares before and after on the scenes it was moved on."""
     states, counts = deciding_states(model, tokenizer, scenes)
     table = model.model.language_model.embed_tokens.weight
-    none, *numbers = count_tokens(tokenizer)
+    none, *numbers = tokenizer.count_tokens
 
     def margins() -> Tensor:
         return states @ table[none] - (states @ table[numbers].T).amax(-1)
