@@ -50,6 +50,7 @@ class Built:
         native: layers of the network that TensorRT has of its own, with their number.
         kernels: the final layer list.
         activation_bytes, weight_bytes: memory that the engine will take on the GPU.
+        seconds, peak_bytes: that the build took, and the most memory its process held.
     """
 
     flavour: str
@@ -59,6 +60,8 @@ class Built:
     kernels: tuple[Kernel, ...]
     activation_bytes: int
     weight_bytes: int
+    seconds: float = 0.0
+    peak_bytes: int = 0
 
     def piece(self, number: int) -> tuple[Kernel, ...]:
         """The launches of one piece."""

@@ -243,7 +243,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["--target", "sm_90"], "builds for sm_80, sm_86, sm_89, sm_120, not for sm_90"),
         (["--target", "sm_89", "--version-compatible"], "lean runtime"),
-        (["--target", "sm_89", "--precision", "fp8"], "fp8 products need scales"),
+        (["--target", "sm_80", "--precision", "fp8"], "sm_89 and newer GPUs multiply in fp8, sm_80 does not"),
         (["--target", "sm_89", "--precision", "fp32"], "TensorRT refuses attention in fp32"),
         (["--target", "sm_89", "--precision", "fp16,int4"], "one precision a time"),
         (["--target", "sm_75"], "--help"),
@@ -299,7 +299,7 @@ def test_timings_are_kept_where_kernels_are_timed(tmp_path: Path) -> None:
             self.cache = cache
 
     path = tmp_path / "timings.cache"
-    job = Job("x.onnx", "x.engine", "sm_90", None, timings=str(path))
+    job = Job("x.onnx", "x.engine", "sm_90", "fp16", timings=str(path))
     for held in (b"", b"timed before"):
         if held:
             path.write_bytes(held)
@@ -348,7 +348,7 @@ def test_sets_of_engines_by_target() -> None:
 
     held = tuple(entry(role, "sm_89", p) for p in ("fp16", "int4") for role in ROLES)
     held += (entry("decoder", "sm_80", "fp16"),)
-    manifest = types.SimpleNamespace(engines=held)
+    manifest = types.SimpleNamespace(engines=held, engine_roles=ROLES)
     find = Manifest.engine_set
     assert {e.precision for e in find(manifest, "sm_89").values()} == {"int4"}  # type: ignore[arg-type]
     assert {e.precision for e in find(manifest, "sm_89", "fp16").values()} == {"fp16"}  # type: ignore[arg-type]
