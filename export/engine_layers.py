@@ -79,6 +79,20 @@ class Built:
         return cls(**{**data, "kernels": kernels})
 
 
+def cache_is_in_place(built: Built, layers: int) -> bool:
+    """Whether a decoder's engine writes its KV cache where it lies: nothing reads an old cache to copy it."""
+    for number in built.pieces:
+        kernels = built.piece(number)
+        for name in (f"{kind}_cache" for kind in "kv"):
+            for layer in range(layers):
+                old, new = f"{name}_{layer}", f"{name}_out_{layer}"
+                writers = [kernel for kernel in kernels if new in kernel.writes]
+                copied = any(old in (*kernel.reads, *kernel.writes) for kernel in kernels)
+                if copied or len(writers) != 1 or new not in writers[0].reads:
+                    return False
+    return True
+
+
 def read_kernels(text: str) -> list[Kernel]:
     """The rows of the builder's message "Layers:"; tensors of the engine follow, indented."""
     found = []

@@ -126,25 +126,38 @@ def make_job(
     options: Sequence[str] = (),
 ) -> Job:
     """How the engine of ``role`` is built; ``engine`` is its name below ``root``."""
-    held = source_of(manifest, role, precision)
+    held = manifest.paths(source_of(manifest, role, precision))[role]
+    job = job_of(root / held, root / engine, role, target, precision, manifest.shapes, options)
+    timings = (root / "engines" / target / _TIMINGS).absolute()
+    return dataclasses.replace(job, timings=str(timings))
+
+
+def job_of(
+    graph: Path,
+    engine: Path,
+    role: str,
+    target: str,
+    precision: str,
+    shapes: Shapes,
+    options: Sequence[str] = (),
+) -> Job:
+    """How ``graph``, the one of ``role``, becomes the file ``engine``."""
     carried: tuple[str, ...] = ()
     fixed = {"B": 1} if role == "image_encoder" else {}  # the session encodes one image at a time
     if role == "decoder":
-        fixed = {"L": manifest.shapes.max_length}
-        layers = range(manifest.shapes.layers)
+        fixed, layers = {"L": shapes.max_length}, range(shapes.layers)
         carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
     elif role in ("image_encoder", "mask_decoder"):
         carried = _FEATURES
     return Job(
-        source=str((root / manifest.paths(held)[role]).absolute()),
-        engine=str((root / engine).absolute()),
+        source=str(graph.absolute()),
+        engine=str(engine.absolute()),
         target=target,
         precision=role_precision(role, precision),
         carried=carried,
         fixed=fixed,
-        profiles=profiles(role, manifest.shapes),
+        profiles=profiles(role, shapes),
         options=tuple(options),
-        timings=str((root / "engines" / target / _TIMINGS).absolute()),
     )
 
 
