@@ -109,8 +109,8 @@ def steps(train_minutes: float) -> list[Step]:
         ),
         Step(
             "train the segmenter",
-            ("-m", "ppcr.training.segmenter", "--device", "cuda", "--output", _SEGMENTER,
-             "--minutes", f"{train_minutes / 2:g}"),
+            ("-m", "ppcr.training.segmenter", "--device", "cuda", "--mllm", f"{_MODEL}/mllm",
+             "--output", _SEGMENTER, "--minutes", f"{train_minutes / 2:g}"),
             least=2, most=train_minutes / 2 + 3, needs=("train the MLLM",), goes_on=True,
         ),
     ]  # fmt: skip
