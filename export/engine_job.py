@@ -38,7 +38,8 @@ from runtime.tensorrt_library import OPTIONS, TensorRT
 Range = tuple[int, int, int]
 Report = Callable[[dict[str, Any]], None]
 _NATIVE = (
-    "ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "DEQUANTIZE", "PLUGIN_V3",
+    "ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "QUANTIZE", "DEQUANTIZE",
+    "PLUGIN_V3",
 )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def _build(job: Job, library: TensorRT, report: Report, folder: Path) -> Built:
     builder = trt.Builder(log)
     network = library.create_network(builder)
     parser = trt.OnnxParser(network, log)
-    model, attentions = _model(job, folder)
+    model, attentions = typed_model(job, folder)
     if attentions:
         _attach_plugin(trt, parser, job, model, attentions)
     # The network reads constants where they lie, in files that are mapped: until the engine is built.
@@ -144,7 +145,7 @@ def _build(job: Job, library: TensorRT, report: Report, folder: Path) -> Built:
     )
 
 
-def _model(job: Job, folder: Path) -> tuple[onnx.ModelProto, dict[str, list[Shape]]]:
+def typed_model(job: Job, folder: Path) -> tuple[onnx.ModelProto, dict[str, list[Shape]]]:
     """The graph as it is compiled; shapes of the attentions for the plugin.
 
     Where its constants lie beside it they stay there, and new ones go into ``folder``.

@@ -14,58 +14,23 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from export import engines, pretrained_bundle
-from export.build_engines import main
-from export.bundle import GRAPHS
+from export import engines
 from export.constants import Constants, is_outside
-from export.engine_job import Job, _model
 from export.engine_layers import cache_is_in_place
 from export.external import ExternalData
 from ppcr.errors import BundleError
 from ppcr.manifest import ROLES, Manifest
-from tests import factory
 from tests.families import worst
-from tests.test_pretrained_bundle import MAX_LENGTH, SIZES, make_checkpoint
+from tests.public_bundle import make_public, typed
+from tests.test_pretrained_bundle import MAX_LENGTH, SIZES
 
 HELD = ("fp32", "fp16", "int4")
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def public(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle around a random public MLLM, at `HELD`; the segmenter's graphs are the factory's."""
-    root = tmp_path_factory.mktemp(request.param)
-    checkpoint, bundle = make_checkpoint(request.param, root / "checkpoint"), root / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        for role in ("image_encoder", "mask_decoder"):
-            graph = (factory.random_bundle() / GRAPHS[role]).read_bytes()
-            patch.setattr(
-                pretrained_bundle, f"write_{role}", lambda _, path, graph=graph: path.write_bytes(graph)
-            )
-        options = ["--checkpoint", str(checkpoint), "--output", str(bundle)]
-        assert main([*options, "--precision", ",".join(HELD), "--no-parity"]) == 0
-    return bundle
-
-
-def typed(bundle: Path, role: str, precision: str, folder: Path) -> tuple[Job, onnx.ModelProto]:
-    """The job of an engine and the graph that it compiles, its constants in ``folder``."""
-    job = engines.make_job(Manifest.load(bundle), bundle, role, "sm_89", precision, "x.engine")
-    model, _ = _model(job, folder)
-    for value in model.graph.initializer:
-        if is_outside(value):
-            told = {entry.key: entry.value for entry in value.external_data}
-            place = folder if (folder / told["location"]).is_file() else Path(job.source).parent
-            array = Constants(place).array(value) if value.data_type != onnx.TensorProto.INT4 else None
-            raw = read(place / told["location"], told) if array is None else array.tobytes()
-            kept = onnx.TensorProto(name=value.name, data_type=value.data_type, dims=value.dims, raw_data=raw)
-            value.CopyFrom(kept)
-    onnx.checker.check_model(model)
-    return job, model
-
-
-def read(path: Path, told: dict[str, str]) -> bytes:
-    with path.open("rb") as file:
-        file.seek(int(told["offset"]))
-        return file.read(int(told["length"]))
+    """A bundle around a random public MLLM, at `HELD`."""
+    return make_public(request.param, tmp_path_factory.mktemp(request.param), HELD)
 
 
 def answers(model: onnx.ModelProto | Path, length: int, seed: int) -> dict[str, np.ndarray]:
@@ -94,7 +59,7 @@ def answers(model: onnx.ModelProto | Path, length: int, seed: int) -> dict[str, 
 def test_decoder_is_what_the_bundle_holds(public: Path, tmp_path: Path, precision: str, source: str) -> None:
     manifest = Manifest.load(public)
     assert engines.source_of(manifest, "decoder", precision) == source
-    job, model = typed(public, "decoder", precision, tmp_path)
+    _, model = typed(public, "decoder", precision, tmp_path)
     for value in (*model.graph.input, *model.graph.output):
         kind = value.type.tensor_type.elem_type
         if kind in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
