@@ -22,7 +22,7 @@ from ppcr.boxes import WRITTEN
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.errors import BundleError, CommandParser, ParityError, UsageError, run_cli
 from ppcr.files import atomic_directory
-from ppcr.manifest import MANIFEST, ROLES, Manifest, Parity
+from ppcr.manifest import MANIFEST, Manifest, Parity
 from runtime.attention_plugin import OPTION
 from runtime.bundle import AUTO, DEFAULT_BUNDLE
 from runtime.session import BACKENDS
@@ -141,10 +141,11 @@ def _engines(options: argparse.Namespace) -> int:
     if not (options.output / MANIFEST).is_file():
         options.precision = None
         _bundle(options)
-    with tqdm(total=len(ROLES), unit="engine", file=sys.stderr, disable=None) as bar:
+    roles = Manifest.load(options.output).engine_roles
+    with tqdm(total=len(roles), unit="engine", file=sys.stderr, disable=None) as bar:
 
         def progress(told: str) -> None:
-            if told in ROLES:
+            if told in roles:
                 bar.update()
             else:
                 bar.set_description_str(told)

@@ -14,16 +14,21 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from export.attention_function import Shape, attention_shapes
+from export.constants import is_outside, outside_bytes
 from export.engine_layers import Built, read_kernels
+from export.external import ExternalData
 from export.typed_graph import at_precision, fix_dimensions
 from ppcr.errors import EngineError, PPCRError
 from runtime import tensorrt_library
@@ -33,7 +38,8 @@ from runtime.tensorrt_library import OPTIONS, TensorRT
 Range = tuple[int, int, int]
 Report = Callable[[dict[str, Any]], None]
 _NATIVE = (
-    "ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "DEQUANTIZE", "PLUGIN_V3",
+    "ATTENTION_INPUT", "KV_CACHE_UPDATE", "ROTARY_EMBEDDING", "NORMALIZATION", "QUANTIZE", "DEQUANTIZE",
+    "PLUGIN_V3",
 )  # fmt: skip
 
 
@@ -43,23 +49,25 @@ class Job:
 
     Attributes:
         source: the ONNX file. engine: where the engine goes. target: "sm_89".
-        precision: of `typed_graph.ENGINE_PRECISIONS`; None: the graph is typed already.
+        precision: of `typed_graph.ENGINE_PRECISIONS`; the graph may have that type already.
         carried: graph inputs and outputs that take the engine's own type.
         fixed: dynamic dimensions by name that have one size.
         profiles: for each optimization profile, least, usual and most of every other dynamic dimension.
         options: names of `tensorrt_library.OPTIONS`, or `attention_plugin.OPTION`.
         timings: the timing cache, read and written where used.
+        ranges: of `export.calibration`, with fp8.
     """
 
     source: str
     engine: str
     target: str
-    precision: str | None
+    precision: str
     carried: tuple[str, ...] = ()
     fixed: dict[str, int] = field(default_factory=dict)
     profiles: tuple[dict[str, Range], ...] = ()
     options: tuple[str, ...] = ()
     timings: str | None = None
+    ranges: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Job:
@@ -76,15 +84,29 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
     Raises:
         EngineError: TensorRT refuses the graph or fails; says what it said first.
     """
-    trt = library.module
+    with tempfile.TemporaryDirectory(prefix="ppcr-graph-") as folder:
+        return _build(job, library, report, Path(folder))
+
+
+def _build(job: Job, library: TensorRT, report: Report, folder: Path) -> Built:
+    """As `build`; constants that are too large for a model lie in ``folder`` meanwhile."""
+    trt, started = library.module, time.perf_counter()
     log = _logger(trt)
     builder = trt.Builder(log)
     network = library.create_network(builder)
     parser = trt.OnnxParser(network, log)
-    model, attentions = _model(job)
-    if model is not None and attentions:
+    model, attentions = typed_model(job, folder)
+    if attentions:
         _attach_plugin(trt, parser, job, model, attentions)
-    if not _parse(parser, job, model):
+    # The network reads constants where they lie, in files that are mapped: until the engine is built.
+    beside = {
+        value.name: outside_bytes(value, Path(job.source).parent, folder)
+        for value in model.graph.initializer
+        if is_outside(value)
+    }
+    if beside:
+        library.require_outside_weights()
+    if not _parse(parser, job, model, beside):
         said = "; ".join(str(parser.get_error(i).desc()) for i in range(parser.num_errors))
         raise EngineError(f"{library.title} cannot read {job.source}: {said or log.first_error}")
     config = builder.create_builder_config()
@@ -100,12 +122,11 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
     monitor = _monitor(trt, report)
     config.progress_monitor = monitor
     timings = attach_timings(library, config, job)
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
+    if not library.write_engine(builder, network, config, Path(job.engine)):
+        Path(job.engine).unlink(missing_ok=True)
         raise EngineError(
             f"{library.title} cannot build {Path(job.source).name} for {job.target}: {log.first_error}"
         )
-    Path(job.engine).write_bytes(memoryview(engine))
     if timings is not None and job.timings:
         # A new file: the old one may be linked to that of another bundle.
         Path(job.timings).unlink(missing_ok=True)
@@ -114,30 +135,48 @@ def build(job: Job, library: TensorRT, report: Report) -> Built:
     return Built(
         flavour=library.flavour,
         version=library.version,
-        bytes=engine.nbytes,
+        bytes=Path(job.engine).stat().st_size,
         native={name: types[name] for name in _NATIVE if types[name]},
         kernels=tuple(read_kernels(log.layers)),
         activation_bytes=log.memory("Activation"),
         weight_bytes=log.memory("Weights"),
+        seconds=round(time.perf_counter() - started, 2),
+        peak_bytes=_peak_bytes(),
     )
 
 
-def _model(job: Job) -> tuple[onnx.ModelProto | None, dict[str, list[Shape]]]:
-    """The graph as it is compiled, None if it is so in its file; shapes of the attentions for the plugin."""
-    if job.precision is None and not job.fixed and OPTION not in job.options:
-        return None, {}
-    model = onnx.load(job.source)
+def typed_model(job: Job, folder: Path) -> tuple[onnx.ModelProto, dict[str, list[Shape]]]:
+    """The graph as it is compiled; shapes of the attentions for the plugin.
+
+    Where its constants lie beside it they stay there, and new ones go into ``folder``.
+    """
+    model = onnx.load(job.source, load_external_data=False)
     attentions = attention_shapes(model) if OPTION in job.options else {}
     fix_dimensions(model, job.fixed)
-    if job.precision is not None:
-        at_precision(model, job.precision, job.carried)
+    how: dict[str, Any] = {"carried": job.carried, "ranges": job.ranges}
+    if any(is_outside(value) for value in model.graph.initializer):
+        with ExternalData(folder / "typed.data") as data:
+            at_precision(model, job.precision, **how, folder=Path(job.source).parent, data=data)
+    else:
+        at_precision(model, job.precision, **how)
     return model, attentions
 
 
-def _parse(parser: Any, job: Job, model: onnx.ModelProto | None) -> bool:
-    if model is None:
-        return bool(parser.parse_from_file(job.source))
-    return bool(parser.parse(model.SerializeToString(), job.source))
+def _parse(parser: Any, job: Job, model: onnx.ModelProto, beside: dict[str, np.memmap]) -> bool:
+    if not beside:
+        return bool(parser.parse(model.SerializeToString(), job.source))
+    return (
+        parser.load_model_proto(model.SerializeToString(), job.source)
+        and all(parser.load_initializer(name, held.ctypes.data, held.nbytes) for name, held in beside.items())
+        and parser.parse_model_proto()
+    )
+
+
+def _peak_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """The most memory this process has held, mapped files included; 0 where the system does not tell."""
+    told = status.read_text(encoding="utf-8") if status.is_file() else ""
+    found = re.search(r"^VmHWM:\s+(\d+) kB", told, re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0
 
 
 def _attach_plugin(

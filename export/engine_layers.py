@@ -50,6 +50,7 @@ class Built:
         native: layers of the network that TensorRT has of its own, with their number.
         kernels: the final layer list.
         activation_bytes, weight_bytes: memory that the engine will take on the GPU.
+        seconds, peak_bytes: that the build took, and the most memory its process held.
     """
 
     flavour: str
@@ -59,6 +60,8 @@ class Built:
     kernels: tuple[Kernel, ...]
     activation_bytes: int
     weight_bytes: int
+    seconds: float = 0.0
+    peak_bytes: int = 0
 
     def piece(self, number: int) -> tuple[Kernel, ...]:
         """The launches of one piece."""
@@ -74,6 +77,20 @@ class Built:
             Kernel(k["name"], k["kind"], tuple(k["reads"]), tuple(k["writes"])) for k in data["kernels"]
         )
         return cls(**{**data, "kernels": kernels})
+
+
+def cache_is_in_place(built: Built, layers: int) -> bool:
+    """Whether a decoder's engine writes its KV cache where it lies: nothing reads an old cache to copy it."""
+    for number in built.pieces:
+        kernels = built.piece(number)
+        for name in (f"{kind}_cache" for kind in "kv"):
+            for layer in range(layers):
+                old, new = f"{name}_{layer}", f"{name}_out_{layer}"
+                writers = [kernel for kernel in kernels if new in kernel.writes]
+                copied = any(old in (*kernel.reads, *kernel.writes) for kernel in kernels)
+                if copied or len(writers) != 1 or new not in writers[0].reads:
+                    return False
+    return True
 
 
 def read_kernels(text: str) -> list[Kernel]:

@@ -21,10 +21,12 @@ from export.attention_plugin import parser_environment, require_attention
 from export.engine_job import Job, Range
 from export.engine_layers import Built
 from export.extend import held_files, link_files
-from export.typed_graph import require_precision
-from ppcr.errors import BundleError, EngineError
+from export.float8 import LEAST_TARGET
+from export.formats import FORMATS
+from export.typed_graph import arithmetic, require_precision
+from ppcr.errors import BundleError, EngineError, UsageError
 from ppcr.files import atomic_directory, write_json
-from ppcr.manifest import MANIFEST, REBUILD, ROLES, EngineEntry, Manifest, Shapes
+from ppcr.manifest import MANIFEST, WEIGHTS, EngineEntry, Manifest, Shapes
 from runtime import tensorrt_library
 from runtime.attention_plugin import OPTION
 from runtime.device import current_device
@@ -60,6 +62,9 @@ def choose(target: str, precision: str, options: Sequence[str] = ()) -> tuple[Te
                 ) from None
     aim = present if target == CURRENT and present else target
     library.require_target(aim, present)
+    if precision == "fp8" and int(aim.removeprefix("sm_")) < LEAST_TARGET:
+        told = f"sm_{LEAST_TARGET} and newer GPUs multiply in fp8, {aim} does not"
+        raise UsageError(f"{told}: choose another --precision")
     for option in options:
         library.require_option(option)
     return library, aim
@@ -73,29 +78,33 @@ def add_engines(
     options: Sequence[str] = (),
     progress: Progress,
 ) -> dict[str, Built]:
-    """Build all four engines for ``target`` ("sm_89") at ``precision`` and put them into ``bundle``.
+    """Build an engine of every role for ``target`` ("sm_89") at ``precision`` and put them into ``bundle``.
 
     ``progress`` is told of every step by a line of text, and once with the name of a role when it is done.
 
     Raises:
-        BundleError: no bundle, changed files, or no fp32 graphs. EngineError: a build failed.
+        BundleError: no bundle, changed files, or no graphs to compile. EngineError: a build failed.
     """
     manifest = Manifest.load(bundle)
-    source = _source_precision(manifest, precision)
-    manifest.verify(bundle, source)
+    roles = manifest.engine_roles
+    sources = {role: source_of(manifest, role, precision) for role in roles}
+    for source in dict.fromkeys(sources.values()):
+        manifest.verify(bundle, source)
     if OPTION in options:
-        require_attention(bundle / manifest.paths(source)["mask_decoder"])
+        require_attention(bundle / manifest.paths(sources["mask_decoder"])["mask_decoder"])
+    ranges = calibrated(bundle, progress) if precision == "fp8" else {}
     with atomic_directory(bundle, marker=MANIFEST) as part:
         link_files(bundle, part)
         folder = part / "engines" / target
         folder.mkdir(parents=True, exist_ok=True)
         built, entries, written = {}, [], {f"engines/{target}/{_TIMINGS}"}
-        for role in ROLES:
+        for role in roles:
             name = f"engines/{target}/{role}.{precision}"
             for made in (f"{name}.engine", f"{name}.layers.json"):
                 (part / made).unlink(missing_ok=True)  # not to write into the old bundle through the link
                 written.add(made)
             job = make_job(manifest, part, role, target, precision, f"{name}.engine", options)
+            job = dataclasses.replace(job, ranges=ranges.get(graph_role(role), {}))
             built[role] = run(job, partial(_tell, progress, f"{role} {target}: "))
             write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
             entries.append(_entry(manifest, part, job, built[role], role, precision, options))
@@ -117,32 +126,82 @@ def make_job(
     options: Sequence[str] = (),
 ) -> Job:
     """How the engine of ``role`` is built; ``engine`` is its name below ``root``."""
-    held = _source_precision(manifest, precision)
-    typed = held != "fp32"
+    held = manifest.paths(source_of(manifest, role, precision))[role]
+    job = job_of(root / held, root / engine, role, target, precision, manifest.shapes, options)
+    timings = (root / "engines" / target / _TIMINGS).absolute()
+    return dataclasses.replace(job, timings=str(timings))
+
+
+def job_of(
+    graph: Path,
+    engine: Path,
+    role: str,
+    target: str,
+    precision: str,
+    shapes: Shapes,
+    options: Sequence[str] = (),
+) -> Job:
+    """How ``graph``, the one of ``role``, becomes the file ``engine``."""
     carried: tuple[str, ...] = ()
     fixed = {"B": 1} if role == "image_encoder" else {}  # the session encodes one image at a time
     if role == "decoder":
-        fixed = {} if typed else {"L": manifest.shapes.max_length}
-        layers = range(manifest.shapes.layers)
+        fixed, layers = {"L": shapes.max_length}, range(shapes.layers)
         carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
     elif role in ("image_encoder", "mask_decoder"):
         carried = _FEATURES
     return Job(
-        source=str((root / manifest.paths(held)[role]).absolute()),
-        engine=str((root / engine).absolute()),
+        source=str(graph.absolute()),
+        engine=str(engine.absolute()),
         target=target,
-        precision=None if typed else role_precision(role, precision),
+        precision=role_precision(role, precision),
         carried=carried,
         fixed=fixed,
-        profiles=profiles(role, manifest.shapes),
+        profiles=profiles(role, shapes),
         options=tuple(options),
-        timings=str((root / "engines" / target / _TIMINGS).absolute()),
     )
 
 
 def role_precision(role: str, precision: str) -> str:
     """int8 and int4 are the decoder's weights, which every token reads; the other graphs stay fp16."""
-    return precision if role == "decoder" or precision in ("fp16", "bf16") else "fp16"
+    return arithmetic(precision) if precision in ("int8", "int4") and role != "decoder" else precision
+
+
+def graph_role(role: str) -> str:
+    """The role of ROLES whose weights ``role`` has: vision towers for further image sizes share theirs."""
+    return "vision" if role.startswith("vision") else role
+
+
+def source_of(manifest: Manifest, role: str, precision: str) -> str:
+    """The bundle's precision whose graph of ``role`` is compiled at ``precision``.
+
+    A public MLLM's graphs may have the engine's type already, or weights that are as the engine holds them;
+    else the fp32 graph is typed. int8 graphs of models trained here suit onnxruntime alone.
+
+    Raises:
+        BundleError: the bundle holds none that can be compiled so.
+    """
+    typed = f"decoder{WEIGHTS}" in manifest.paths()
+    if graph_role(role) in ("vision", "decoder"):
+        wanted = [role_precision(role, precision), arithmetic(precision)] if typed else []
+    else:  # the segmenter's are in fp32 beside every floating MLLM
+        wanted = [name for name in manifest.precisions if FORMATS[name].segmenter == "fp32"]
+    if precision == "fp8":
+        wanted = []  # calibrated on the fp32 graphs, whose matrices it rounds
+    for name in (*wanted, "fp32"):
+        if name in manifest.precisions:
+            return name
+    asked = f"fp32,{arithmetic(precision)}" if typed else "fp32"
+    raise BundleError(
+        f"this bundle holds no graph of the {role.replace('_', ' ')} to compile at {precision} (it has "
+        f"{', '.join(manifest.precisions)}): build it again with --precision {asked} added, and --force"
+    )
+
+
+def calibrated(bundle: Path, progress: Progress) -> dict[str, dict[str, float]]:
+    """`calibration.calibrate`, which loads onnxruntime and renders scenes: for fp8 alone."""
+    from export.calibration import calibrate
+
+    return calibrate(bundle, progress)
 
 
 def profiles(role: str, shapes: Shapes) -> tuple[dict[str, Range], ...]:
@@ -198,19 +257,10 @@ def _tell(progress: Progress, head: str, step: str) -> None:
     progress(head + step)
 
 
-def _source_precision(manifest: Manifest, precision: str) -> str:
-    """The bundle's own graphs at ``precision`` if it has them typed already, else those in fp32."""
-    if precision in manifest.precisions and precision != "int8":  # the bundle's int8 is a CPU's
-        return precision
-    if "fp32" not in manifest.precisions:
-        raise BundleError(f"this bundle holds no fp32 graphs to compile at {precision}: {REBUILD}")
-    return "fp32"
-
-
 def _entry(
     manifest: Manifest, part: Path, job: Job, built: Built, role: str, precision: str, options: Sequence[str]
 ) -> EngineEntry:
-    onnx = manifest.paths(_source_precision(manifest, precision))[role]
+    onnx = manifest.paths(source_of(manifest, role, precision))[role]
     return EngineEntry(
         role=role,
         target=job.target,

@@ -65,9 +65,14 @@ def make_cases(reference: ReferencePipeline, count: int, progress: Progress) -> 
 
 
 def held_out(count: int) -> Iterator[tuple[npt.NDArray[np.uint8], SceneExample]]:
-    """The first ``count`` scenes of the validation split as images uint8 [256, 256, 3]."""
+    """The first ``count`` scenes of the validation split, as `scenes_of`."""
+    return scenes_of(SPLIT, count)
+
+
+def scenes_of(split: Split, count: int) -> Iterator[tuple[npt.NDArray[np.uint8], SceneExample]]:
+    """The first ``count`` scenes of a split as images uint8 [256, 256, 3]."""
     for start in range(0, count, _BATCH):
-        examples = list(scene_examples(SPLIT, range(start, min(start + _BATCH, count))))
+        examples = list(scene_examples(split, range(start, min(start + _BATCH, count))))
         images = render([example.graph for example in examples], IMAGE_SIZE).image
         pixels = (images * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
         yield from zip(pixels, examples, strict=True)

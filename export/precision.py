@@ -5,7 +5,7 @@ are near ties by nature (a thousand bins, neighbours almost equally likely), and
 many of them differently. An engine unfolds such weights once, when it loads the graph.
 
 The segmenter's matrix products run in int8: weights per output channel, activations quantised as they come.
-Convolutions, norms and attention stay in fp32, and so do the products that `_KEPT` names.
+Convolutions, norms and attention stay in fp32, and so do the products that `KEPT` names.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WEIGHTS_ONLY = frozenset({"vision", "decoder"})
 _FULL_WEIGHTS = ("lm_head.weight",)  # tied to the embedding, which stays as it is
 _OPERATORS = ["MatMul"]
 # Raw coordinates, a handful of tokens, and the weights a mask is drawn with: cheap, and each error shows.
-_KEPT = {"mask_decoder": r"^prompt_encoder\.|_heads?\."}
+KEPT = {"mask_decoder": r"^prompt_encoder\.|_heads?\."}
 
 
 def file_name(name: str, precision: str) -> str:
@@ -42,7 +42,7 @@ def quantise(role: str, source: Path, target: Path) -> None:
         fold_weights(model)
         onnx.save(model, target)
     else:
-        quantise_products(source, target, kept=_KEPT.get(role, ""))
+        quantise_products(source, target, kept=KEPT.get(role, ""))
 
 
 def fold_weights(model: onnx.ModelProto) -> None:

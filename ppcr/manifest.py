@@ -104,7 +104,8 @@ class EngineEntry:
     """An engine compiled from one of the bundle's graphs.
 
     Attributes:
-        role: of ROLES. target: the GPU ("sm_89"). precision: what it computes in ("fp16", "int4", …).
+        role: of `Manifest.engine_roles`. target: the GPU ("sm_89").
+        precision: what it computes in ("fp16", "int4", …).
         file, onnx: the engine, and the graph it was compiled from, as named in the manifest's ``files``.
         onnx_sha256: of that graph then.
         flavour, version: of the library that compiled it ("tensorrt", "tensorrt_rtx").
@@ -220,6 +221,11 @@ class Manifest:
             raise BundleError(f"this bundle holds {held}, not {wanted!r}: choose one of these")
         return self.precisions[wanted]
 
+    @property
+    def engine_roles(self) -> tuple[str, ...]:
+        """Roles that a set of engines has: ROLES, and the vision towers for further image sizes."""
+        return (*ROLES, *(role for role in self.paths() if _is_tower(role)))
+
     def engine_set(self, target: str, precision: str | None = None) -> dict[str, EngineEntry]:
         """The engine of each role for ``target`` at ``precision`` (default: the one built last).
 
@@ -229,7 +235,7 @@ class Manifest:
         fitting = [entry for entry in self.engines if entry.target == target]
         wanted = precision or (fitting[-1].precision if fitting else None)
         found = {entry.role: entry for entry in fitting if entry.precision == wanted}
-        if set(found) == set(ROLES):
+        if set(found) == set(self.engine_roles):
             return found
         held = ", ".join(dict.fromkeys(f"{entry.target} {entry.precision}" for entry in self.engines))
         at = f" --precision {precision}" if precision else ""
@@ -277,7 +283,7 @@ class Manifest:
             if not set(ROLES) <= set(roles) or not all(map(_is_further_role, further)):
                 raise KeyError(f"roles of {precision}")
         for entry in self.engines:
-            if entry.role not in ROLES:
+            if entry.role not in ROLES and not _is_tower(entry.role):
                 raise KeyError(f"role of {entry.file}")
         if self.default_precision not in self.precisions:
             raise KeyError(f"default precision {self.default_precision}")
@@ -294,7 +300,12 @@ def parity_key(engine: str, precision: str) -> str:
 
 
 def _is_further_role(role: str) -> bool:
-    return bool(re.fullmatch(rf"vision_\d+x\d+|(vision|decoder|image_encoder|mask_decoder){WEIGHTS}", role))
+    return _is_tower(role) or bool(re.fullmatch(rf"({'|'.join(ROLES)}){WEIGHTS}", role))
+
+
+def _is_tower(role: str) -> bool:
+    """Whether it is the vision tower for a further image size (`vision_role`)."""
+    return bool(re.fullmatch(r"vision_\d+x\d+", role))
 
 
 def files_below(folder: Path) -> Iterable[str]:

@@ -101,7 +101,6 @@ def find_checkpoint(manifest: Manifest, given: Path | None) -> Path:
 
 def _tensorrt(asked: Asked) -> None:
     gpu = first_gpu()
-    _require_plain(asked.manifest)
     _require_installed("'.[tensorrt]'", "tensorrt", "tensorrt_rtx")
     asked.manifest.engine_set(gpu.target)
 

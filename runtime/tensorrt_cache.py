@@ -21,17 +21,25 @@ _ROWS = ("inputs_embeds", "rope_cos", "rope_sin", "attn_mask")
 
 @dataclass(frozen=True)
 class DeviceFeatures:
-    """Image features on the GPU by tensor name, and the mark behind which they are there."""
+    """Image features on the GPU by tensor name, and the mark behind which they are there.
+
+    tokens: of the MLLM, that the image takes; 0 for the segmenter's.
+    """
 
     memory: dict[str, DeviceMemory]
     ready: Event
+    tokens: int = 0
 
 
 class Slot:
-    """A KV cache and both ways to extend it, bound once: the step as a CUDA graph, blocks of any length."""
+    """A KV cache and both ways to extend it, bound once: the step as a CUDA graph, blocks of any length.
+
+    Attributes:
+        tables: of the image size of the conversation that has the slot; read on the host alone.
+    """
 
     def __init__(self, decoder: Engine, shapes: Shapes, tables: Tables, stream: Stream) -> None:
-        self._shapes, self._tables, self._stream = shapes, tables, stream
+        self._shapes, self.tables, self._stream = shapes, tables, stream
         self.logits = PinnedArray((1, 1, shapes.vocabulary), np.float32)
         self._answer = decoder.memory("logits")
         # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
@@ -50,6 +58,11 @@ class Slot:
         }
         # One set of rows serves both ways: a step uses the first row of each.
         self._rows = {name: PinnedArray((length, size), kind) for name, (size, kind) in width.items()}
+        # DeepStack adds nothing to text: these stay zero on the host, and an image's rows come on the GPU.
+        nothing = PinnedArray((length, shapes.hidden), np.float32) if shapes.deepstack else None
+        self._levels = [f"deepstack_{level}" for level in range(shapes.deepstack)]
+        if nothing is not None:
+            self._rows |= dict.fromkeys(self._levels, nothing)
         self._numbers = {name: PinnedArray((1,), np.int64) for name in ("write_indices", "logits_index")}
         pinned = {**self._rows, **self._numbers}
         self._inputs = {name: DeviceMemory(memory.array.nbytes) for name, memory in pinned.items()}
@@ -84,15 +97,19 @@ class Slot:
         self._upload(count)
         if features is not None:
             self._stream.after(features.ready)
-            row = self._rows["inputs_embeds"].array[0].nbytes
-            source, target = features.memory["image_features"].address, self._inputs["inputs_embeds"].address
-            # Image tokens follow each other: one copy for each run of neighbours.
-            for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(places) != 1) + 1):
-                self._stream.move(
-                    target + int(places[run[0]]) * row, source + int(run[0]) * row, len(run) * row
-                )
+            self._place("inputs_embeds", features.memory["image_features"], places)
+            for level in self._levels:
+                self._place(level, features.memory[level], places)
         self._many.run()
         self._download()
+
+    def _place(self, name: str, source: DeviceMemory, places: npt.NDArray[np.int64]) -> None:
+        """Queue copies of the rows of ``source`` to ``places`` of the input ``name``."""
+        row, target = self._rows[name].array[0].nbytes, self._inputs[name].address
+        # Image tokens follow each other: one copy for each run of neighbours.
+        for run in np.split(np.arange(len(places)), np.flatnonzero(np.diff(places) != 1) + 1):
+            first, count = int(run[0]), len(run)
+            self._stream.move(target + int(places[first]) * row, source.address + first * row, count * row)
 
     def snapshot(self, length: int) -> list[DeviceMemory]:
         """Copies of the keys and values of the first ``length`` tokens, [kv_heads, length, head_dim] each."""
@@ -131,7 +148,7 @@ class Slot:
             context.shape(name, (1, 1, count, width) if name == "attn_mask" else (1, count, width))
 
     def _fill(self, embeddings: Float32Array, start: int) -> None:
-        count, tables = len(embeddings), self._tables
+        count, tables = len(embeddings), self.tables
         rows = slice(start, start + count)
         values = (embeddings, tables.cos[rows], tables.sin[rows], tables.mask[rows])
         for name, value in zip(_ROWS, values, strict=True):

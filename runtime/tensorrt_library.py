@@ -11,7 +11,8 @@ import importlib
 import re
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from ppcr.errors import EngineError, UsageError
 from runtime import attention_plugin
@@ -99,6 +100,35 @@ class TensorRT:
             capability = getattr(self.module.ComputeCapability, target.replace("sm_", "SM"))
             if not config.set_compute_capability(capability, 0):
                 raise EngineError(f"{self.title} does not accept {target}: install the version of the pins")
+
+    def require_outside_weights(self) -> None:
+        """Raise EngineError unless the parser takes weights that lie beside a graph."""
+        if not hasattr(self.module.OnnxParser, "load_initializer"):
+            raise EngineError(
+                f"{self.title} cannot read graphs whose weights lie in files of their own: use 10.14 or newer"
+            )
+
+    def write_engine(self, builder: Any, network: Any, config: Any, path: Path) -> bool:
+        """Build the engine into the file ``path``, piece by piece where the library can; False: it failed."""
+        if not hasattr(self.module, "IStreamWriter"):
+            engine = builder.build_serialized_network(network, config)
+            if engine is not None:
+                path.write_bytes(memoryview(engine))
+            return engine is not None
+        with path.open("wb") as file:
+            return bool(builder.build_serialized_network_to_stream(network, config, self._writer(file)))
+
+    def _writer(self, file: BinaryIO) -> Any:
+        class Writer(self.module.IStreamWriter):  # type: ignore[misc, name-defined]
+            """Takes an engine as it comes: it is never whole in memory beside its weights."""
+
+            def __init__(self, base: Any) -> None:
+                base.__init__(self)
+
+            def write(self, data: bytes) -> int:
+                return file.write(data)
+
+        return Writer(self.module.IStreamWriter)
 
     def create_context(self, engine: Any, profile: int, stream: int, kernels: bytes = b"") -> tuple[Any, Any]:
         """An execution context on optimization profile ``profile``, and its cache of finished kernels.

@@ -12,7 +12,6 @@ from runtime.session import Float32Array, Prompts
 from runtime.tensorrt_cache import DeviceFeatures
 from runtime.tensorrt_engine import Engine
 
-FEATURES = ("image_features", "high_res_0", "high_res_1")
 _PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
 
 
@@ -23,6 +22,8 @@ class TensorRTSegmenter:
         self._encoder, self._decoder = image_encoder, mask_decoder
         self._lock = threading.Lock()
         self._stream, self._copies = Stream(), Stream()
+        # Families differ in what they keep of an image: SAM 2 and ppcr-tiny add finer features.
+        self._features = [name for name in image_encoder.tensors if name != "pixels"]
         self._see, self._draw = image_encoder.context(self._stream), mask_decoder.context(self._stream)
         self._pinned = PinnedArray(image_encoder.tensors["pixels"].shape, np.float32)
         self._pixels = image_encoder.memory("pixels")
@@ -43,7 +44,7 @@ class TensorRTSegmenter:
     def encode(self, pixels: Float32Array) -> DeviceFeatures:
         """Pixels f32 [3, H, W] to the features of one image on the GPU."""
         with self._lock:
-            memory = {name: self._encoder.memory(name) for name in FEATURES}
+            memory = {name: self._encoder.memory(name) for name in self._features}
             self._pinned.array[0] = pixels
             self._copies.upload(self._pixels.address, self._pinned.address, self._pinned.array.nbytes)
             self._stream.after(self._copies.record())

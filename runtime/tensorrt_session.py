@@ -7,22 +7,22 @@ uploaded and encoded beside the decoding steps. Built, tested without a GPU, but
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ppcr.errors import BundleError
-from ppcr.manifest import REBUILD, EngineEntry
+from ppcr.manifest import ROLES, EngineEntry, vision_role
 from runtime import tensorrt_library
 from runtime.attention_plugin import OPTION, register
 from runtime.bundle import AUTO, Bundle
 from runtime.contexts import SlotContext
-from runtime.device import DeviceMemory, PinnedArray, Stream, current_device
-from runtime.positions import make_tables
+from runtime.device import DeviceMemory, Stream, current_device
+from runtime.positions import Tables, make_tables
 from runtime.session import Float32Array, Sessions
 from runtime.tensorrt_cache import DeviceFeatures, Slot
 from runtime.tensorrt_engine import Engine, rebuild, require_loadable, require_memory
 from runtime.tensorrt_segmenter import TensorRTSegmenter
+from runtime.tensorrt_towers import Towers
 
 
 def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
@@ -36,30 +36,31 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     """
     device, library = current_device(), tensorrt_library.find()
     manifest, shapes = bundle.manifest, bundle.manifest.shapes
-    if shapes.deepstack:
-        raise BundleError(f"this engine does not feed the DeepStack inputs of this bundle's MLLM: {REBUILD}")
-    if len(bundle.config.mllm.sizes) > 1:
-        raise BundleError(f"this engine takes images of one size, this bundle has several: {REBUILD}")
     entries: dict[str, EngineEntry] = manifest.engine_set(
         device.target, None if precision == AUTO else precision
     )
     for entry in entries.values():
         require_loadable(entry, manifest, bundle.folder, library, device)
     cache = 4 * shapes.layers * shapes.kv_heads * shapes.max_length * shapes.head_dim
-    require_memory(entries, cache, device)
+    # Towers for further image sizes are loaded when they are needed.
+    require_memory({role: entries[role] for role in ROLES}, cache, device)
     # Engines that hold the plugin find it when they are loaded.
     if any(OPTION in entry.options for entry in entries.values()):
         register(library.module)
-    runtime = library.create_runtime()
-    engines = {
-        role: Engine(
-            library, runtime, bundle.folder / entry.file, f"rebuild: {rebuild(entry, bundle.folder)}"
-        )
-        for role, entry in entries.items()
-    }
-    mllm = TensorRTMLLM(engines["vision"], engines["decoder"], bundle)
-    segmenter = TensorRTSegmenter(engines["image_encoder"], engines["mask_decoder"])
-    for engine in engines.values():
+    runtime, opened = library.create_runtime(), list[Engine]()
+
+    def open_engine(role: str) -> Engine:
+        entry = entries[role]
+        cure = f"rebuild: {rebuild(entry, bundle.folder)}"
+        opened.append(Engine(library, runtime, bundle.folder / entry.file, cure))
+        return opened[-1]
+
+    def open_tower(size: tuple[int, int]) -> Engine:
+        return open_engine("vision" if size == bundle.config.mllm.image_size else vision_role(size))
+
+    mllm = TensorRTMLLM(open_tower, open_engine("decoder"), bundle)
+    segmenter = TensorRTSegmenter(open_engine("image_encoder"), open_engine("mask_decoder"))
+    for engine in opened:
         engine.save_kernels()
     return Sessions(mllm, segmenter, precision=entries["decoder"].precision, device="cuda")
 
@@ -67,32 +68,22 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
 class TensorRTMLLM:
     """`runtime.session.MLLMSession`. Threads may share it; their blocks run one after the other."""
 
-    def __init__(self, vision: Engine, decoder: Engine, bundle: Bundle) -> None:
-        self._shapes = bundle.manifest.shapes
+    def __init__(self, tower: Callable[[tuple[int, int]], Engine], decoder: Engine, bundle: Bundle) -> None:
+        """tower: the vision engine for an image size."""
+        self._shapes, self._config = bundle.manifest.shapes, bundle.config.mllm
         self._embedding, self._image_token = bundle.embedding, bundle.tokenizer.image_token
-        image_start = len(bundle.tokenizer.before_image)
-        self._tables = make_tables(self._shapes.max_length, image_start, self._shapes.grid, bundle.rotary)
+        self._image_start, self._rotary = len(bundle.tokenizer.before_image), bundle.rotary
+        self._tables: dict[tuple[int, int], Tables] = {}
         self._lock = threading.Lock()
-        self._stream = Stream()
-        self._vision, self._decoder = vision, decoder
-        self._see = vision.context(self._stream)
-        self._patches = PinnedArray(vision.tensors["pixel_values"].shape, np.float32)
-        self._pixels = vision.memory("pixel_values")
-        self._see.bind("pixel_values", self._pixels.address)
+        self._stream, self._decoder = Stream(), decoder
+        self._towers = Towers(self._config.image_size, tower, self._stream)
         self._prefixes: dict[tuple[int, ...], list[DeviceMemory]] = {}
         self._free = [self._slot()]  # the first conversation finds everything bound and captured
 
     def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> DeviceFeatures:
         """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden] on the GPU."""
         with self._lock:
-            features = self._vision.memory("image_features")
-            self._patches.array[...] = patches
-            self._stream.upload(self._pixels.address, self._patches.address, self._patches.array.nbytes)
-            self._see.bind("image_features", features.address)
-            self._see.run()
-            ready = self._stream.record()
-            self._stream.wait()
-        return DeviceFeatures({"image_features": features}, ready)
+            return self._towers.of(size or self._config.image_size).encode(patches)
 
     def open(
         self,
@@ -110,6 +101,7 @@ class TensorRTMLLM:
             raise ValueError(f"a context of {max_length} tokens: this bundle's cache holds 1 to {most}")
         with self._lock:
             slot = self._free.pop() if self._free else self._slot()
+            slot.tables = self._tables_of(size or self._config.image_size)
         context = SlotContext(self, slot)
         key = tuple(prefix)
         if not key:
@@ -135,7 +127,7 @@ class TensorRTMLLM:
             else:
                 ids = np.asarray(token_ids, np.int64)
                 places = np.flatnonzero(ids == self._image_token)
-                held = 0 if features is None else self._shapes.image_tokens
+                held = 0 if features is None else features.tokens
                 if len(places) != held:
                     raise ValueError(f"{len(places)} image tokens, but features of {held}")
                 slot.block(self._embedding[ids], start, places, features)
@@ -148,4 +140,12 @@ class TensorRTMLLM:
         self._free.append(slot)
 
     def _slot(self) -> Slot:
-        return Slot(self._decoder, self._shapes, self._tables, self._stream)
+        tables = self._tables_of(self._config.image_size)
+        return Slot(self._decoder, self._shapes, tables, self._stream)
+
+    def _tables_of(self, size: tuple[int, int]) -> Tables:
+        if size not in self._tables:
+            grid = self._config.grid_of(size)
+            made = make_tables(self._shapes.max_length, self._image_start, grid, self._rotary)
+            self._tables[size] = made
+        return self._tables[size]

@@ -7,7 +7,6 @@ id and its position. Embedding, rotary tables and mask are looked up on the devi
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,7 @@ from torch.nn import functional as F
 
 from ppcr.manifest import Shapes
 from runtime.positions import Tables
-
-_WARM_UP_RUNS = 3  # as torch's notes on CUDA graphs have it: libraries choose their kernels in the first
+from runtime.torch_graph import record
 
 
 @dataclass(frozen=True)
@@ -165,10 +163,8 @@ class TorchSlot:
         pinned = self._cache.is_cuda
         self._staged = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
         self._answer = torch.zeros(decoder.shapes.vocabulary, pin_memory=pinned)
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits: Tensor | None = None
-        if graph:
-            self._capture()
+        # It writes position 0, which every conversation writes again.
+        self._recorded = record(self._run_step, "the decoding step") if graph else None
 
     @property
     def capacity(self) -> int:
@@ -178,16 +174,13 @@ class TorchSlot:
     @property
     def has_graph(self) -> bool:
         """Whether single tokens are one launch."""
-        return self._graph is not None
+        return self._recorded is not None
 
     def step(self, token: int, at: int) -> Tensor:
         """One token; logits f32 [vocabulary] on the host, overwritten by the next call."""
         self._staged[0], self._staged[1] = token, at
         self._token.copy_(self._staged, non_blocking=True)
-        if self._graph is None or self._logits is None:
-            return self._fetch(self._run_step())
-        self._graph.replay()
-        return self._fetch(self._logits)
+        return self._fetch(self._run_step() if self._recorded is None else self._recorded.replay())
 
     def block(self, ids: Tensor, start: int, places: Tensor | None, features: Tensor | None) -> Tensor:
         """Tokens int64 [S] from position ``start``; as `TorchDecoder.run`, but on the host as `step`."""
@@ -210,26 +203,3 @@ class TorchSlot:
 
     def _run_step(self) -> Tensor:
         return self._decoder.run(self._token[:1], self._token[1:], self._cache, self.tables)
-
-    def _capture(self) -> None:
-        # Warmed up on a stream of its own. It writes position 0, which every conversation writes again.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP_RUNS):
-                self._run_step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Another thread may be encoding an image meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                logits = self._run_step()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            told = str(error).splitlines()[0]
-            warnings.warn(
-                f"the decoding step runs without a CUDA graph: {told}", RuntimeWarning, stacklevel=2
-            )
-            return
-        self._graph, self._logits = graph, logits

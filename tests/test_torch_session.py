@@ -23,6 +23,7 @@ from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
 from runtime.positions import Rotary, make_tables
 from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
+from runtime.torch_graph import record
 from tests.families import Conversation, Small, worst
 
 GRID = (3, 5)
@@ -140,14 +141,21 @@ def small_slot(size: Small, model: Any, said: Conversation, *, graph: bool = Fal
 
 
 class FakeGraph:
-    """A CUDA graph that runs its work again when it is replayed, into the tensor it captured."""
+    """A CUDA graph that runs its work again when it is replayed, into the tensors it captured."""
 
     replayed = 0
-    slot: Any
+    work: Any
+    result: Any
 
     def replay(self) -> None:
         type(self).replayed += 1
-        self.slot._logits.copy_(self.slot._run_step())
+        found = self.work()
+        for held, new in zip(parts(self.result), parts(found), strict=True):
+            held.copy_(new)
+
+
+def parts(result: Any) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
 def fake_cuda(monkeypatch: pytest.MonkeyPatch, told: list[str], failing: Exception | None = None) -> None:
@@ -163,6 +171,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, told: list[str], failing: Excepti
             raise failing
         yield
 
+    monkeypatch.setattr(FakeGraph, "replayed", 0)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
@@ -187,7 +196,9 @@ def test_the_step_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyP
         slot = small_slot(size, size.build(), said, graph=True)
         assert told == ["wait", "run", "run", "run", "wait", "capture", "run"]
         assert slot.has_graph
-        slot._graph.slot = slot  # type: ignore[union-attr]
+        recorded = slot._recorded
+        assert recorded is not None
+        recorded.graph.work, recorded.graph.result = slot._run_step, recorded.result  # type: ignore[attr-defined]
         for at, token in enumerate((9, 11, 12)):
             np.testing.assert_array_equal(slot.step(token, at), plain.step(token, at))
     assert FakeGraph.replayed == 3
@@ -202,6 +213,33 @@ def test_without_a_graph_the_step_runs_and_one_warning_tells(monkeypatch: pytest
     assert not slot.has_graph
     with torch.no_grad():
         assert slot.step(9, 0).isfinite().all()
+
+
+def test_the_image_encoder_is_recorded_and_every_image_keeps_its_features(
+    monkeypatch: pytest.MonkeyPatch, loaded: Bundle
+) -> None:
+    sessions = torch_session.load(loaded, threads=1, device="cpu")
+    segmenter: Any = sessions.segmenter
+    rng, side = np.random.default_rng(3), loaded.manifest.shapes.image_size
+    images = [rng.normal(size=(3, *side)).astype(np.float32) for _ in range(2)]
+    wanted = [segmenter.encode(image) for image in images]
+    fake_cuda(monkeypatch, [])
+    with torch.no_grad():
+        recorded = record(segmenter._see, "the image encoder")
+        assert recorded is not None
+        recorded.graph.work, recorded.graph.result = segmenter._see, recorded.result  # type: ignore[attr-defined]
+        segmenter._recorded = recorded
+        got = [segmenter.encode(image) for image in images]
+    for one, other in zip(got, wanted, strict=True):
+        assert type(one) is type(other)
+        for mine, theirs in zip(one, other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_fp32_is_not_rounded_to_ten_bits(monkeypatch: pytest.MonkeyPatch, loaded: Bundle) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch_session.load(loaded, threads=1, device="cpu", precision="fp32")
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_devices_that_cannot_be_used_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,12 +172,13 @@ def test_matrices_that_do_not_fill_blocks_stay_whole() -> None:
 
 def test_only_the_decoder_is_folded() -> None:
     assert [role_precision(role, "int4") for role in ROLES] == ["fp16", "int4", "fp16", "fp16"]
-    assert {role_precision(role, "bf16") for role in ROLES} == {"bf16"}
+    for precision in ("bf16", "fp8"):
+        assert {role_precision(role, precision) for role in ROLES} == {precision}
 
 
-@pytest.mark.parametrize("precision", ["fp8", "fp32", "nf4"])
+@pytest.mark.parametrize("precision", ["fp32", "nf4"])
 def test_other_precisions_are_refused_with_the_reason(precision: str) -> None:
-    with pytest.raises(UsageError, match="give --precision fp16, bf16, int8, int4"):
+    with pytest.raises(UsageError, match="give --precision fp16, bf16, fp8, int8, int4"):
         require_precision(precision)
 
 
