@@ -16,8 +16,8 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def dot(a, b):
     """a[..., M, K] @ b[..., K, N] -> fp32[..., M, N], on tensor cores.
 
-    fp32 operands are multiplied as sums of two TF32 numbers in three products (``tf32x3``): the product of the
-    two small parts, 2^-22 of the whole, is left out.
+    fp32 operands are multiplied as sums of two TF32 numbers in three products (``tf32x3``): that of the two
+    small parts, 2^-22 of the whole, is left out.
     """
     if _INTERPRETED:
         return _interpreted(a, b)
