@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import torch
 
 from benchmarks import machine, results
-from benchmarks.kernel_cases import BOUNDS, DTYPES
+from benchmarks.kernel_cases import BOUNDS, DTYPES, ITEMSIZE
 from benchmarks.kernel_count import decoder_kernels
 from benchmarks.kernel_floor import H200, floor_of, two_way
+from benchmarks.kernel_masks import LEAST_IOU
 from kernels.plan import (
     Problem,
     Variant,
@@ -47,7 +49,7 @@ from ppcr.model.segmenter import SegmenterConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = (80, 90, 120)
-COMPILED = ("fp16", "bf16")
+COMPILED = ("fp16", "bf16", "fp32")
 UNTIMED = "compiled for sm_90, checked in the interpreter, not yet timed"
 COUNTS = (1, 8, 64)
 SHIPPED = Problem(1, 1, True, 13, 1024, 128, 4, 16, 2)
@@ -92,24 +94,36 @@ def _kernel(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
     summary: dict[str, Any] = {"device": described.get("gpu", "cpu"), "timed": on_gpu, "seed": seed}
     record: dict[str, Any] = {}
+
+    def keep() -> None:
+        # On a GPU after each part: the time there may end before the last.
+        if arguments.save is not None:
+            results.save(arguments.save, "kernel.py", words, described, {**record, "summary": summary})
+
     errors = _on_gpu(seed) if on_gpu else interpreted(seed)
     record["errors"] = errors
     summary["max_relative_error"] = worst(errors)
     print(*error_table(errors), sep="\n", flush=True)
-    for key, mode in (("decoder_kernels_before", "off"), ("decoder_kernels_after", "op")):
-        summary[key] = decoder_kernels(mode).total
-    record["resources"] = rows = resources(arguments.targets or _targets(on_gpu))
-    summary["compiled"] = compiled(rows)
-    print(*resource_table(rows), sep="\n", flush=True)
     good = all(value <= BOUNDS[name] for name, value in summary["max_relative_error"].items())
     # A time does not count while an error is out of its bound.
     if on_gpu and good:
-        record |= _timed(seed, summary)
-    if arguments.save is not None:
-        results.save(arguments.save, "kernel.py", words, described, {**record, "summary": summary})
+        keep()
+        _timed(seed, summary, record, keep)
+    for key, mode in (("decoder_kernels_before", "off"), ("decoder_kernels_after", "op")):
+        count = decoder_kernels(mode)
+        summary[key], record[key] = count.total, asdict(count)
+    if not on_gpu:
+        record["masks"] = interpreted(seed, "kernel_masks")
+        summary["masks_iou"] = min(row["iou"] for row in record["masks"])
+        good = good and summary["masks_iou"] >= LEAST_IOU
+    record["resources"] = rows = resources(arguments.targets or _targets(on_gpu))
+    summary["compiled"] = compiled(rows)
+    print(*resource_table(rows), sep="\n", flush=True)
+    keep()
     print(json.dumps(summary))
     if not good:
-        raise KernelError(f"a kernel is off by more than its bound: {summary['max_relative_error']}")
+        told = {name: summary.get(name) for name in ("max_relative_error", "masks_iou")}
+        raise KernelError(f"a kernel is off by more than its bound: {told}")
     return 0
 
 
@@ -138,13 +152,14 @@ def _card_line(name: str, flops: float, size: float, seconds: float) -> str:
     return f"  {name:<34}{flops / 1e9:>9.3f}{size / 1e6:>9.2f}{seconds * 1e6:>20.2f}"
 
 
-def interpreted(seed: int) -> list[dict[str, Any]]:
-    """Every case in Triton's interpreter, in a process of its own: the switch works only before the import.
+def interpreted(seed: int, part: str = "kernel_cases") -> list[dict[str, Any]]:
+    """The rows of ``kernel_cases`` or ``kernel_masks`` in Triton's interpreter, in a process of its own: the
+    switch works only before the import.
 
     Raises:
         KernelError: the process did not come to an end.
     """
-    command = [sys.executable, "-m", "benchmarks.kernel_cases", "--seed", str(seed)]
+    command = [sys.executable, "-m", f"benchmarks.{part}", "--seed", str(seed)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     if done.stderr.strip() and done.returncode not in (0, 1):
@@ -187,14 +202,16 @@ def error_table(errors: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def resources(targets: Sequence[int]) -> list[dict[str, Any]]:
-    """Resources of each kernel at the shipped sizes and SAM's, in fp16 and bf16, for each target."""
+    """Resources of each kernel at the shipped sizes and SAM's, in each dtype, for each target."""
     from kernels.compiled import compile_variant
 
     return [
         {"dim": dim, "capability": capability, **compile_variant(variant, dtype, capability).to_json()}
         for dtype in COMPILED
         for capability in targets
-        for dim, variant in variants((SHIPPED, SAM, SAM_LONG))
+        for dim, variant in variants(
+            [replace(problem, itemsize=ITEMSIZE[dtype]) for problem in (SHIPPED, SAM, SAM_LONG)]
+        )
     ]
 
 
@@ -233,14 +250,15 @@ def resource_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines + ["  " + "".join(f"{row[name]:>14}" for name in names) for row in rows]
 
 
-def _timed(seed: int, summary: dict[str, Any]) -> dict[str, Any]:
-    """Everything that needs a GPU, into `summary`; the rows of the table, for the result file.
+def _timed(seed: int, summary: dict[str, Any], record: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Everything that needs a GPU, into `summary` and `record`; `keep` is called after each part.
 
     Time on a GPU is scarce: a part that fails is named in ``failed`` and does not cost the others.
     """
     from benchmarks import kernel_gpu as gpu
 
     failed: dict[str, str] = {}
+    summary["failed"] = failed
 
     def part(name: str, body: Callable[[], Any]) -> Any:
         try:
@@ -249,26 +267,34 @@ def _timed(seed: int, summary: dict[str, Any]) -> dict[str, Any]:
             failed[name] = f"{type(error).__name__}: {error}"[:300]
             print(f"note     {name} failed: {failed[name]}", flush=True)
             return None
+        finally:
+            keep()
 
-    rows = part("times", lambda: gpu.times(COUNTS, seed)) or []
-    for row in rows:
-        print(
-            f"  {row.system:<16}{row.expressions:>4} expressions  warm {row.warm.p50 * 1e6:>8.1f} us  "
-            f"cold {row.cold.p50 * 1e6:>8.1f} us  error {row.error:.1e}",
-            flush=True,
-        )
+    rows: list[gpu.Row] = []
+
+    def times() -> None:
+        for row in gpu.times(COUNTS, seed):
+            rows.append(row)
+            record["rows"] = [each.to_json() for each in rows]
+            print(
+                f"  {row.system:<20}{row.expressions:>4} expressions  warm {row.warm.p50 * 1e6:>8.1f} us  "
+                f"cold {row.cold.p50 * 1e6:>8.1f} us  error {row.error:.1e}",
+                flush=True,
+            )
+
     bandwidth = part("copy bandwidth", gpu.copy_bandwidth)
+    part("times", times)
     if rows and bandwidth:
         summary |= part("summary", lambda: gpu.summary(rows, bandwidth)) or {}
     summary["image_bytes"] = SAM.cells * SAM.dim * SAM.itemsize
-    summary["read_workspace_bytes"] = part("memory", lambda: gpu.memory(COUNTS, seed))
+    summary["read_workspace_bytes"] = workspaces = part("memory", lambda: gpu.memory(COUNTS, seed))
+    if workspaces:
+        summary["copies_of_image"] = gpu.copies_of_image(workspaces)
+    masks = part("masks", lambda: gpu.masks_agree(seed))
+    summary["masks_iou"], summary["decode_speedup"] = masks or (None, None)
     for key, mode in (("before", "off"), ("after", "auto")):
         name = f"decoder_kernels_profiled_{key}"
         summary[name] = part(name, partial(gpu.profiled_launches, mode))
-    masks = part("masks", lambda: gpu.masks_agree(seed))
-    summary["masks_iou"], summary["decode_speedup"] = masks or (None, None)
-    summary["failed"] = failed
-    return {"rows": [row.to_json() for row in rows]}
 
 
 if __name__ == "__main__":

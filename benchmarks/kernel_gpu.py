@@ -1,8 +1,11 @@
-"""The kernels on a GPU: correctness, times against every rival, memory, and launches counted by profiling."""
+"""The kernels on a GPU: correctness, times against every rival, memory, and launches counted by profiling.
+
+Written against the sources of torch 2.11 to 2.13 and Triton 3.6; not yet executed on a GPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import DTYPES, ITEMSIZE, Case, Inputs, check, check_all, inputs
 from benchmarks.kernel_floor import two_way as floor_of_two_way
+from benchmarks.kernel_masks import Drawing, agreement
 from benchmarks.kernel_rivals import Step, rivals, two_way
 from benchmarks.timing import Spread
 from kernels.launch import run
@@ -20,6 +24,9 @@ from kernels.plan import Problem
 from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE
 
 _FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
+_AHEAD = 500_000
+"""Clock cycles that the GPU waits before each timed replay, about 0.3 ms: the host has queued everything by
+then, and the time between the events is the GPU's alone."""
 
 
 @dataclass(frozen=True)
@@ -65,29 +72,34 @@ def ours(*sides: Any, direction: str, heads: int) -> Tensor:
     return run(x, x_position, y, y_position, weights, direction=direction, heads=heads, eps=1e-5)
 
 
-def times(counts: tuple[int, ...], seed: int, dtype: str = "bf16") -> list[Row]:
+def times(counts: tuple[int, ...], seed: int, dtype: str = "bf16") -> Iterator[Row]:
     """Ours and every rival on the two-way block; a rival that cannot run a problem is left out, and named."""
-    rows = []
+    systems: dict[str, Step] = {"ours": ours, **rivals()}
     for count in counts:
         p = problem(count)
         read, write = (
             inputs(Case(p, d, dtype, False, True), seed + i, "cuda") for i, d in enumerate(DIRECTIONS)
         )
-        truth = two_way(_exact, *_arguments(read, write, torch.float64), p.heads)
-        systems: dict[str, Step] = {"ours": ours, **rivals()}
+        with torch.no_grad():
+            truth = two_way(_exact, *_arguments(read, write, torch.float64), p.heads).float()
         for name, step in systems.items():
-            body = partial(two_way, step, *_arguments(read, write), p.heads)
-
+            torch._dynamo.reset()  # its limit of recompilations counts the shapes of all systems together
             try:
-                with torch.no_grad():
-                    out = body()
-                    error = float((out.double() - truth).norm() / truth.norm())
-                    warm, cold = replay(body)
-            except RuntimeError as refused:
-                print(f"left out {name} at {count} expressions: {str(refused).splitlines()[0][:120]}")
+                row = _timed(name, count, partial(two_way, step, *_arguments(read, write), p.heads), truth)
+            except Exception as refused:
+                if name == "ours":
+                    raise
+                said = (str(refused).splitlines() or [type(refused).__name__])[0]
+                print(f"left out {name} at {count} expressions: {said[:120]}", flush=True)
                 continue
-            rows.append(Row(name, count, warm, cold, error))
-    return rows
+            yield row
+
+
+@torch.no_grad()
+def _timed(name: str, count: int, body: Callable[[], Tensor], truth: Tensor) -> Row:
+    error = float((body().float() - truth).norm() / truth.norm())
+    warm, cold = replay(body)
+    return Row(name, count, warm, cold, error)
 
 
 def _exact(*sides: Any, direction: str, heads: int) -> Tensor:
@@ -118,6 +130,7 @@ def replay(body: Callable[[], object], repeats: int = 50) -> tuple[Spread, Sprea
     def measured(flush: bool) -> Spread:
         seconds = []
         for _ in range(repeats + 5):
+            torch.cuda._sleep(_AHEAD)
             if flush:
                 scratch.zero_()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -162,7 +175,8 @@ def summary(rows: list[Row], bandwidth: float) -> dict[str, Any]:
 def memory(counts: tuple[int, ...], seed: int) -> dict[str, int]:
     """Bytes allocated at most by prompt to image beside its inputs and outputs, by number of expressions.
 
-    The image's features are shared; were they repeated, this would grow by their size with each expression.
+    The image's features are shared; were they repeated, this would grow by their size with each expression
+    (`copies_of_image`). What does grow are tokens between the kernels.
     """
     found = {}
     for count in counts:
@@ -179,6 +193,13 @@ def memory(counts: tuple[int, ...], seed: int) -> dict[str, int]:
         peak = torch.cuda.max_memory_allocated() - before
         found[str(count)] = peak - out.numel() * out.element_size()
     return found
+
+
+def copies_of_image(workspaces: dict[str, int]) -> float:
+    """How many times the image's features each further expression costs, of what `memory` found."""
+    (few, least), *_, (many, most) = sorted((int(k), v) for k, v in workspaces.items())
+    p = problem(1)
+    return round((most - least) / ((many - few) * p.cells * p.dim * p.itemsize), 4)
 
 
 def profiled_launches(mode: str) -> int:
@@ -207,31 +228,12 @@ def profiled_launches(mode: str) -> int:
     )
 
 
-def masks_agree(seed: int, dtype: torch.dtype = torch.float16) -> tuple[float, float]:
+def masks_agree(seed: int, dtype: str = "fp16", most: int = 8) -> tuple[float, float]:
     """Least mask IoU of the segmenter with kernels on and off, and the ratio of their times (off / on)."""
-    from ppcr.checkpoint import SHIPPED
-    from ppcr.model.mask_decoder import CellFeatures
-    from ppcr.model.segmenter import Segmenter
-
-    segmenter = Segmenter.load(SHIPPED / "segmenter").cuda().to(dtype)
-    g, side, count = torch.Generator().manual_seed(seed), segmenter.config.image_size, 8
-    pixels = torch.randn(1, 3, side, side, generator=g).cuda().to(dtype)
-    low = 0.5 * torch.rand(count, 2, generator=g)
-    boxes = torch.cat([low, low + 0.2 + 0.3 * torch.rand(count, 2, generator=g)], dim=1)
-    text = torch.randn(count, 9, segmenter.config.text_dim, generator=g)
-    keep = torch.ones(count, 9, dtype=torch.bool).cuda()
-    floats = (
-        t.cuda().to(dtype) for t in (boxes, boxes.unflatten(1, (2, 2)).mean(1), torch.ones(count), text)
-    )
-    given = (*floats, keep)
+    found = agreement(seed, dtype, "cuda", most)
+    drawing, spent = Drawing(seed, "cuda", DTYPES[dtype], most), {}
     with torch.no_grad():
-        features = CellFeatures(*segmenter.encode(pixels))
-        masks, spent = {}, {}
         for mode in ("off", "auto"):
             with using(mode):
-                masks[mode] = segmenter.decode(features, *given)[0] > 0
-                spent[mode] = replay(lambda: segmenter.decode(features, *given))[0].p50
-    both = (masks["off"] & masks["auto"]).flatten(1).sum(1).float()
-    either = (masks["off"] | masks["auto"]).flatten(1).sum(1).float()
-    iou = torch.where(either > 0, both / either.clamp(min=1), torch.ones_like(either))
-    return float(iou.min()), spent["off"] / spent["auto"]
+                spent[mode] = replay(drawing.masks)[0].p50
+    return found["iou"], spent["off"] / spent["auto"]

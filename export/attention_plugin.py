@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from runtime.attention_plugin import Launch, Package
 
 _DTYPES = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 # The names of a schedule's tensors for those of the node, by direction.
-_OPERANDS = {
+OPERANDS = {
     PROMPT_TO_IMAGE: ("tokens", "token_position", "image", "image_position"),
     IMAGE_TO_PROMPT: ("image", "image_position", "tokens", "token_position"),
 }
@@ -38,10 +39,28 @@ def require_attention(graph: Path) -> None:
         raise BundleError(f"{graph} was written before its attention was a function: {REBUILD}")
 
 
-def packages(
-    model: onnx.ModelProto, shapes: Mapping[str, list[Shape]], target: str, usual: int
-) -> dict[str, Package]:
-    """A package for each attention of the typed ``model``, by node, for ``target`` ("sm_89").
+@dataclass(frozen=True)
+class Attention:
+    """What one node launches for any number of expressions.
+
+    Attributes:
+        schedule: with `EXPRESSIONS` for that number.
+        names: of the schedule's tensors that are the node's inputs, in order; "out" is its output.
+        like, expressions: the inputs that have the output's rows and columns, and the expressions on axis 1.
+        out: shape of the output without its first dimension, which is 1.
+        dtype: of all inputs and the output ("fp16", "bf16").
+    """
+
+    schedule: Schedule
+    names: tuple[str, ...]
+    like: int
+    expressions: int
+    out: tuple[Number, ...]
+    dtype: str
+
+
+def attentions(model: onnx.ModelProto, shapes: Mapping[str, list[Shape]], usual: int) -> dict[str, Attention]:
+    """The attentions of the typed ``model`` by node.
 
     ``shapes`` are those of `attention_shapes`. Tiles are chosen for ``usual`` expressions and serve any
     number. The matrices of ``model`` are turned.
@@ -62,7 +81,7 @@ def packages(
         kind = constants[node.input[INPUTS.index("q_weight")]].data_type
         if kind not in _DTYPES:
             raise EngineError(f"the attention plugin computes in fp16 or bf16, {node.name} does not")
-        found[node.name] = _package(node, shapes[node.name], _DTYPES[kind], target, usual)
+        found[node.name] = _attention(node, shapes[node.name], _DTYPES[kind], usual)
         for index, name in enumerate(INPUTS):
             if name in MATRICES:
                 node.input[index] = _turned(model, constants, node.input[index])
@@ -81,10 +100,10 @@ def _turned(model: onnx.ModelProto, constants: dict[str, TensorProto], name: str
     return new
 
 
-def _package(node: onnx.NodeProto, given: list[Shape], dtype: str, target: str, usual: int) -> Package:
+def _attention(node: onnx.NodeProto, given: list[Shape], dtype: str, usual: int) -> Attention:
     attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     direction = attributes["direction"].decode()
-    operands = _OPERANDS[direction]
+    operands = OPERANDS[direction]
     shapes = dict(zip((*operands, *INPUTS[4:]), given, strict=True))
     tokens, image = shapes["tokens"], shapes["image"]
     inner, heads = shapes["q_bias"][0], attributes["heads"]
@@ -108,20 +127,17 @@ def _package(node: onnx.NodeProto, given: list[Shape], dtype: str, target: str, 
         schedule = read_schedule(problem, plan_read(problem, folded=True), at, eps)
     else:
         schedule = write_schedule(problem, plan_write(problem, folded=True), at, eps)
-    names = (*operands, *INPUTS[4:])
-    like, tokens_at = 0, operands.index("tokens")
-    return pack(schedule, names, like, tokens_at, dtype, int(target.removeprefix("sm_")))
+    names, out = (*operands, *INPUTS[4:]), (EXPRESSIONS, m if operands[0] == "image" else n, c)
+    return Attention(schedule, names, 0, operands.index("tokens"), out, dtype)
 
 
-def pack(
-    schedule: Schedule, inputs: tuple[str, ...], like: int, expressions: int, dtype: str, capability: int
-) -> Package:
-    """Compile the kernels of ``schedule`` for a compute capability (89 for 8.9) and note their launches."""
+def pack(attention: Attention, capability: int) -> Package:
+    """Compile the kernels of ``attention`` for a compute capability (89 for 8.9) and note their launches."""
     from kernels.compiled import compile_kernel
 
-    launches, binaries = [], []
+    schedule, launches, binaries = attention.schedule, [], []
     for step in schedule.steps:
-        built = compile_kernel(step.variant, dtype, capability)
+        built = compile_kernel(step.variant, attention.dtype, capability)
         binaries.append(built.binary)
         arguments = [_argument(value) for value in step.arguments if value is not None]
         # Triton's own parameters come last: scratch memory, of which these kernels take none.
@@ -135,7 +151,8 @@ def pack(
     spaces = {
         name: _each(space.shape) * (4 if space.wide else 2) for name, space in schedule.workspaces.items()
     }
-    return Package(dtype, inputs, like, expressions, spaces, tuple(launches), tuple(binaries))
+    a = attention
+    return Package(a.dtype, a.names, a.like, a.expressions, spaces, tuple(launches), tuple(binaries))
 
 
 def _each(shape: tuple[Number, ...]) -> int:

@@ -180,12 +180,21 @@ def _peak_bytes(status: Path = Path("/proc/self/status")) -> int:
 
 
 def _attach_plugin(
-    trt: Any, parser: Any, job: Job, model: onnx.ModelProto, attentions: dict[str, list[Shape]]
+    trt: Any, parser: Any, job: Job, model: onnx.ModelProto, shapes: dict[str, list[Shape]]
 ) -> None:
-    from export.attention_plugin import packages
+    """Ahead-of-time plugins where the library has them and takes these kernels, else `runtime`'s plugin."""
+    from export import aot_plugin
+    from export.attention_plugin import attentions, pack
 
     usual = max([profile["N"][1] for profile in job.profiles if "N" in profile], default=1)
-    register(trt, packages(model, attentions, job.target, usual))
+    found, capability = attentions(model, shapes, usual), int(job.target.removeprefix("sm_"))
+    if aot_plugin.is_supported(trt):
+        chains = {name: aot_plugin.chain(attention, capability) for name, attention in found.items()}
+        small = {name: chain for name, chain in chains.items() if chain is not None}
+        if len(small) == len(chains):
+            aot_plugin.register(trt, aot_plugin.replace_attentions(model, small))
+            return
+    register(trt, {name: pack(attention, capability) for name, attention in found.items()})
     # Without this the function's body comes before a plugin of its name.
     parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
 

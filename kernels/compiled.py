@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,16 @@ def compile_variant(variant: Variant, dtype: str, capability: int) -> Resources:
     )
 
 
-def compile_kernel(variant: Variant, dtype: str, capability: int) -> CompiledKernel:
+def compile_kernel(
+    variant: Variant, dtype: str, capability: int, fixed: Mapping[str, float | None] | None = None
+) -> CompiledKernel:
     """Compile for a compute capability (80, 89, 90, 120) with tensors of ``dtype`` (fp16, bf16, fp32).
 
-    Tensors begin at multiples of 16 bytes, and the number of cells is one of 16.
+    Tensors begin at multiples of 16 bytes, and the number of cells is one of 16. ``fixed`` holds arguments
+    that are constants of the code, by name.
     """
     kernel = KERNELS[variant.kernel]
-    constants: dict[str, Any] = dict(variant.constants)
+    constants: dict[str, Any] = dict(variant.constants) | dict(fixed or {})
     if not constants.get("HAS_MASK", True):
         constants["p_mask"] = None
     if not constants.get("HAS_AFTER", True):

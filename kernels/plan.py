@@ -102,13 +102,14 @@ def plan_read(problem: Problem, processors: int = 132, *, folded: bool | None = 
         row_blocks = ceil(rows, block_rows) * p.features
     else:
         rows = p.group * p.tokens
-        block_rows, block_cells, warps = tile(rows, most=64), 32 if wide else 64, 4
+        block_rows, block_cells, warps = tile(rows, most=32 if wide else 64), 32 if wide else 64, 4
         row_blocks = ceil(rows, block_rows) * p.features * p.heads
     # Two programs for each processor, but no chunk without a cell.
     blocks = ceil(p.cells, block_cells)
     splits = min(blocks, max(1, 2 * processors // row_blocks))
     chunk = ceil(blocks, splits) * block_cells
-    return ReadPlan(folded, rows, block_rows, block_cells, ceil(p.cells, chunk), chunk, warps, 2)
+    stages = 1 if folded and wide else 2
+    return ReadPlan(folded, rows, block_rows, block_cells, ceil(p.cells, chunk), chunk, warps, stages)
 
 
 def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
@@ -121,10 +122,13 @@ def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
     block_tokens = tile(p.tokens, most=MAX_TOKENS)
     if folded is None:
         folded = p.tokens <= block_tokens <= p.head_dim
-    # Half the cells where accumulators, queries and weights together would not fit the registers.
+    # Half the cells where accumulators, queries and weights together would not fit the registers; half the
+    # tokens where fp32 keys and values would not.
     block_cells = 16 if wide else 32 if not folded and p.dim > 128 else 64
-    warps = 4 if folded and p.dim <= 128 else 8
-    return WritePlan(folded, block_cells, block_tokens, warps, 1 if wide else 2)
+    if wide and not folded:
+        block_tokens = min(block_tokens, MAX_TOKENS // 2)
+    warps = 4 if p.dim <= (128 if folded else 64) else 8
+    return WritePlan(folded, block_cells, block_tokens, warps, 1 if wide and not folded else 2)
 
 
 def tile(count: int, *, most: int) -> int:
@@ -138,6 +142,11 @@ def ceil(a: int, b: int) -> int:
 
 
 TOKEN_BLOCK, SPLIT_BLOCK = 16, 4
+
+
+def columns(dim: int, itemsize: int) -> int:
+    """How many of a row's columns a product takes at a time: of fp32, no more than fit the registers."""
+    return min(dim, 32) if itemsize == 4 else dim
 
 
 @dataclass(frozen=True)
@@ -172,7 +181,8 @@ def read_variants(
     merge = Variant("merge", widths | closing, 8)
     if not plan.folded:
         return {"read": Variant("read_heads", widths | blocks, plan.warps, plan.stages), "merge": merge}
-    wide = widths | blocks | {"C": p.dim, "BV": min(64, p.inner)}
+    values = min(16 if p.itemsize == 4 else 64, p.inner)
+    wide = widths | blocks | {"C": p.dim, "BV": values, "BK": columns(p.dim, p.itemsize)}
     return {
         "fold": _fold(p, mask, values=False),
         "read": Variant("read_folded", wide, plan.warps, plan.stages),
@@ -185,6 +195,7 @@ def write_variants(
 ) -> dict[str, Variant]:
     """The kernels that run `plan`, in order."""
     blocks = {"H": p.heads, "C": p.dim, "BM": plan.block_cells, "BN": plan.block_tokens, "HAS_AFTER": after}
+    blocks |= {"BK": columns(p.dim, p.itemsize)}
     if plan.folded:
         write = Variant("write_folded", dict(blocks), plan.warps, plan.stages)
         return {"fold": _fold(p, mask, values=True), "write": write}
@@ -193,14 +204,15 @@ def write_variants(
 
 
 def _fold(p: Problem, mask: bool, *, values: bool) -> Variant:
-    sizes = {"H": p.heads, "D": p.head_dim, "C": p.dim, "BT": TOKEN_BLOCK}
+    sizes = {"H": p.heads, "D": p.head_dim, "C": p.dim, "BT": TOKEN_BLOCK, "BK": columns(p.dim, p.itemsize)}
     return Variant("fold_tokens", sizes | {"HAS_MASK": mask, "HAS_VALUES": values})
 
 
 def token_variants(tokens: int, dim: int, heads: int, hidden: int, itemsize: int) -> dict[str, Variant]:
     """The kernels of the tokens' own steps: attention among `tokens`, and an MLP `hidden` wide."""
-    attend = {"H": heads, "D": dim // heads, "C": dim, "BN": tile(tokens, most=MAX_TOKENS)}
-    mlp = {"C": dim, "HIDDEN": hidden, "BT": TOKEN_BLOCK, "BJ": min(hidden, 32 if itemsize == 4 else 64)}
+    product = {"C": dim, "BK": columns(dim, itemsize)}
+    attend = {"H": heads, "D": dim // heads, "BN": tile(tokens, most=MAX_TOKENS), **product}
+    mlp = {"HIDDEN": hidden, "BT": TOKEN_BLOCK, "BJ": min(hidden, 32 if itemsize == 4 else 64), **product}
     stages = 1 if itemsize == 4 else 2
     return {
         "attend": Variant("attend_tokens", attend, 8, stages),

@@ -18,48 +18,67 @@ from kernels.tiles import add, dot, dot_add, norm, online
 
 @triton.jit
 def read_folded(
-    p_q, p_x, p_position, p_wv, p_part, p_lse, rows, N, M, splits, group, position_stride,
+    p_q, p_x, p_position, p_wv, rows, N, M, splits, group, position_stride, p_part, p_lse,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr,
-    BR: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, CHUNK: tl.constexpr,
+    BR: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Folded queries over the image as it lies in memory; grid (row blocks, splits, images).
 
     q f[images, rows, C], the rows of an image being (expression of its group, head, token); image x f[images,
     M, C], position f[images or 1, M, C]. The image is both key and value: it is read once for all heads and
     all expressions. The value projection wv f[H*D, C] follows per chunk, so that partial answers are narrow.
+    Products over the C columns take BK at a time: of wide fp32 rows no more fit the registers.
     """
     i_s, i_g = tl.program_id(1), tl.program_id(2).to(tl.int64)
     r, c = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, C)
     inside = r < rows
-    q = tl.load(p_q + (i_g * rows + r)[:, None] * C + c[None, :], mask=inside[:, None], other=0.0)
+    q_at, keep = p_q + (i_g * rows + r)[:, None] * C, inside[:, None]
+    if BK == C:
+        q = tl.load(q_at + c[None, :], mask=keep, other=0.0)
     m_i = tl.full([BR], float("-inf"), tl.float32)
     l_i = tl.zeros([BR], tl.float32)
     acc = tl.zeros([BR, C], tl.float32)
     for start in range(0, CHUNK, BM):
         m = i_s * CHUNK + start + tl.arange(0, BM)
         cell = (m < M)[:, None]
-        x = tl.load(p_x + (i_g * M + m)[:, None] * C + c[None, :], mask=cell, other=0.0)  # [BM, C]
-        place = tl.load(
-            p_position + i_g * position_stride + m[:, None] * C + c[None, :], mask=cell, other=0.0
-        )
-        scores = tl.where((m < M)[None, :], dot(q, tl.trans(add(x, place))), float("-inf"))  # [BR, BM]
+        x_at = p_x + (i_g * M + m)[:, None] * C
+        place_at = p_position + i_g * position_stride + m[:, None] * C
+        x = tl.load(x_at + c[None, :], mask=cell, other=0.0)  # [BM, C]
+        if BK == C:
+            place = tl.load(place_at + c[None, :], mask=cell, other=0.0)
+            scores = dot(q, tl.trans(add(x, place)))  # [BR, BM]
+        else:
+            scores = tl.zeros([BR, BM], tl.float32)
+            for first in range(0, C, BK):
+                k = first + tl.arange(0, BK)
+                part_q = tl.load(q_at + k[None, :], mask=keep, other=0.0)
+                part_x = tl.load(x_at + k[None, :], mask=cell, other=0.0)
+                place = tl.load(place_at + k[None, :], mask=cell, other=0.0)
+                scores = dot_add(part_q, tl.trans(add(part_x, place)), scores)
+        scores = tl.where((m < M)[None, :], scores, float("-inf"))
         p, before, m_i, l_i = online(scores, m_i, l_i)
         acc = dot_add(p.to(x.dtype), x, acc * before[:, None])
     read = (acc / l_i[:, None]).to(p_q.dtype.element_ty)
+    if BK != C:
+        read = tl.permute(tl.reshape(read, [BR, C // BK, BK]), [1, 0, 2])
     i_n, i_h = r % N, (r // N) % H
     part = ((i_g * group + r // (N * H)) * splits + i_s) * N + i_n  # row of partial answers
     tl.store(p_lse + part * H + i_h, m_i + tl.log2(l_i), mask=inside)
     # A row belongs to one head: the others' columns of the product are not stored.
     for j in range(0, H * D, BV):
         o = j + tl.arange(0, BV)
-        wv = tl.load(p_wv + o[None, :] * C + c[:, None])  # [C, BV]
-        own = inside[:, None] & (o[None, :] // D == i_h[:, None])
-        tl.store(p_part + part[:, None] * (H * D) + o[None, :], dot(read, wv), mask=own)
+        if BK == C:
+            value = dot(read, tl.load(p_wv + o[None, :] * C + c[:, None]))  # [BR, BV]
+        else:
+            k = tl.arange(0, C // BK)[:, None, None] * BK + tl.arange(0, BK)[None, :, None]
+            value = tl.sum(dot(read, tl.load(p_wv + o[None, None, :] * C + k)), 0)
+        own = keep & (o[None, :] // D == i_h[:, None])
+        tl.store(p_part + part[:, None] * (H * D) + o[None, :], value, mask=own)
 
 
 @triton.jit
 def read_heads(
-    p_q, p_k, p_v, p_part, p_lse, rows, N, M, scale, splits, group,
+    p_q, p_k, p_v, rows, N, M, scale, splits, group, p_part, p_lse,
     H: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Projected queries over projected keys and values; grid (row blocks, splits, images * heads).
@@ -92,7 +111,7 @@ def read_heads(
 
 @triton.jit
 def merge(
-    p_part, p_lse, p_bv, p_wo, p_bo, p_x, p_gamma, p_beta, p_mask, p_after, p_out, N, eps,
+    p_part, p_lse, p_bv, p_wo, p_bo, p_x, p_gamma, p_beta, p_mask, p_after, N, eps, p_out,
     H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BT: tl.constexpr, BJ: tl.constexpr,
     SPLITS: tl.constexpr, BS: tl.constexpr, HAS_MASK: tl.constexpr, HAS_AFTER: tl.constexpr,
 ):  # fmt: skip

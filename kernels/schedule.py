@@ -48,7 +48,11 @@ def blocks(count: Number, size: int) -> Number:
 
 @dataclass(frozen=True)
 class Step:
-    """One launch. arguments are those of the kernel in its order: a name is a tensor, None is left out."""
+    """One launch. arguments are those of the kernel in its order: a name is a tensor, None is left out.
+
+    All kernels take tensors that they read, then numbers, then tensors that they write: the order of
+    TensorRT's ahead-of-time plugins.
+    """
 
     name: str
     variant: Variant
@@ -110,17 +114,17 @@ def read_schedule(p: Problem, plan: ReadPlan, at: Layout, eps: float) -> Schedul
     if plan.folded:
         spaces["folded"] = Workspace((e, p.heads, n, p.dim), wide=False)
         weights = "q_weight", "q_bias", "k_weight", None, None, None, None
-        steps.append(_fold(p, at, variants["fold"], (*weights, "folded", None, None)))
+        steps.append(_fold(p, at, variants["fold"], weights, ("folded", None, None)))
         place = 0 if at.common_cells else m * p.dim
-        folded = "folded", "image", "image_position", "v_weight", "part", "lse"
-        read = (*folded, rows, n, m, plan.splits, at.group, place)
+        folded = "folded", "image", "image_position", "v_weight"
+        read = (*folded, rows, n, m, plan.splits, at.group, place, "part", "lse")
         grid = row_blocks, plan.splits, at.features
     else:
-        read = "q", "k", "v", "part", "lse", rows, n, m, scale, plan.splits, at.group
+        read = "q", "k", "v", rows, n, m, scale, plan.splits, at.group, "part", "lse"
         grid = row_blocks, plan.splits, at.features * p.heads
     steps.append(Step("read", variants["read"], grid, read))
     merged = "part", "lse", "v_bias", "out_weight", "out_bias", "tokens", "norm_weight", "norm_bias"
-    last = (*merged, *_optional(at), "out", n, eps)
+    last = (*merged, *_optional(at), n, eps, "out")
     steps.append(Step("merge", variants["merge"], (ceil(n, TOKEN_BLOCK), e), last))
     return Schedule(spaces, tuple(steps))
 
@@ -132,27 +136,28 @@ def write_schedule(p: Problem, plan: WritePlan, at: Layout, eps: float) -> Sched
     variants = write_variants(p, plan, mask=at.masked, after=at.after)
     groups = at.group, e if at.common_cells else at.group
     mask, after = _optional(at)
-    close = "out_bias", "norm_weight", "norm_bias", after, "out", n, m
+    close = "out_bias", "norm_weight", "norm_bias", after, n, m
     grid = ceil(m, plan.block_cells), e
     if not plan.folded:
         scale = LOG2_E / math.sqrt(p.head_dim)
         heads = "image", "image_position", "q_weight", "q_bias", "k", "v", mask, "out_weight"
-        return Schedule({}, (Step("write", variants["write"], grid, (*heads, *close, scale, eps, *groups)),))
+        write: Arguments = (*heads, *close, scale, eps, *groups, "out")
+        return Schedule({}, (Step("write", variants["write"], grid, write),))
     spaces = {
         "folded": Workspace((e, p.heads, n, p.dim), wide=False),
         "value": Workspace((e, p.heads, n, p.dim), wide=False),
         "bias": Workspace((e, p.heads, n), wide=True),
     }
     weights = "k_weight", "k_bias", "q_weight", "q_bias", "v_weight", "v_bias", "out_weight"
-    fold = _fold(p, at, variants["fold"], (*weights, "folded", "bias", "value"))
-    write = "image", "image_position", "folded", "bias", "value"
-    return Schedule(spaces, (fold, Step("write", variants["write"], grid, (*write, *close, eps, *groups))))
+    fold = _fold(p, at, variants["fold"], weights, ("folded", "bias", "value"))
+    write = ("image", "image_position", "folded", "bias", "value", *close, eps, *groups, "out")
+    return Schedule(spaces, (fold, Step("write", variants["write"], grid, write)))
 
 
-def _fold(p: Problem, at: Layout, variant: Variant, tensors: tuple[str | None, ...]) -> Step:
+def _fold(p: Problem, at: Layout, variant: Variant, weights: Arguments, written: Arguments) -> Step:
     stride = 0 if at.common_tokens else p.tokens * p.dim
     tokens = "tokens", "token_position", _optional(at)[0]
-    arguments = (*tokens, *tensors, p.tokens, LOG2_E / math.sqrt(p.head_dim), stride)
+    arguments = (*tokens, *weights, p.tokens, LOG2_E / math.sqrt(p.head_dim), stride, *written)
     return Step("fold", variant, (p.heads, ceil(p.tokens, TOKEN_BLOCK), at.expressions), arguments)
 
 

@@ -7,27 +7,71 @@ import os
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies bf16 bit patterns as integers; there, and only there, products are in fp32.
+# Triton's interpreter multiplies bf16 bit patterns as integers, and fp32 exactly whatever it is asked for.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-_WIDEN = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
 def dot(a, b):
-    """a[M, K] @ b[K, N] -> fp32[M, N]; fp32 operands are multiplied exactly, not as TF32."""
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    """a[..., M, K] @ b[..., K, N] -> fp32[..., M, N], on tensor cores.
+
+    fp32 operands are multiplied as sums of two TF32 numbers in three products (``tf32x3``): that of the two
+    small parts, 2^-22 of the whole, is left out.
+    """
+    if _INTERPRETED:
+        return _interpreted(a, b)
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def dot_add(a, b, c):
-    """a[M, K] @ b[K, N] + c fp32[M, N]"""
-    if _WIDEN:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, c, input_precision="ieee")
+    """a[M, K] @ b[K, N] + c fp32[M, N], as in `dot`."""
+    if _INTERPRETED:
+        return _interpreted(a, b) + c
+    return tl.dot(a, b, c, input_precision="tf32x3")
+
+
+@triton.jit
+def _interpreted(a, b):
+    """What the hardware computes: in the interpreter, so that its error is that of the three products."""
+    if a.dtype == tl.float32:
+        a_big, b_big = _tf32(a), _tf32(b)
+        # The hardware reads the first 19 bits of an operand and ignores the others.
+        a_small, b_small = _cut(a - a_big), _cut(b - b_big)
+        return tl.dot(a_small, b_big) + tl.dot(a_big, b_small) + tl.dot(a_big, b_big)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32))
+
+
+@triton.jit
+def _tf32(x):
+    """fp32 rounded to the nearest number of ten bits after the point, ties away from zero."""
+    return _cut((x.to(tl.int32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _cut(x):
+    return (x.to(tl.int32, bitcast=True) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def dot_rows(
+    a_at, place_at, rows, b_at, columns,
+    R: tl.constexpr, N: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, PLACED: tl.constexpr,
+):  # fmt: skip
+    """(a + place)[R, C] @ b[N, C]^T -> fp32[R, N], read from memory in BK columns at a time.
+
+    a_at and place_at [R, 1] and b_at [1, N] point at the beginnings of rows; rows [R, 1] and columns [1, N]
+    say which are there. Wide fp32 rows would not fit the registers whole.
+    """
+    out = tl.zeros([R, N], tl.float32)
+    for first in range(0, C, BK):
+        c = first + tl.arange(0, BK)
+        a = tl.load(a_at + c[None, :], mask=rows, other=0.0)
+        if PLACED:
+            a = add(a, tl.load(place_at + c[None, :], mask=rows, other=0.0))
+        out = dot_add(a, tl.load(b_at + c[:, None], mask=columns, other=0.0), out)
+    return out
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from export.attention_function import (
     attention_shapes,
     inlined,
 )
-from export.attention_plugin import packages, require_attention
+from export.attention_plugin import attentions, pack, require_attention
 from export.engine_layers import Built
 from export.typed_graph import at_precision
 from kernels.plan import Problem, ReadPlan, plan_read, plan_write
@@ -184,7 +184,8 @@ def test_plugin_launches_what_was_compiled(
 ) -> None:
     pytest.importorskip("triton", reason="the kernels are written in Triton")
     model, shapes = typed
-    (name, package), *others = packages(model, shapes, "sm_89", usual=4).items()
+    (name, attention), *others = attentions(model, shapes, usual=4).items()
+    package = pack(attention, 89)
     assert name == "layer" and not others and package.dtype == "fp16"
     node = next(attention_nodes(model))
     turned = {v.name: tuple(v.dims) for v in model.graph.initializer}

@@ -14,7 +14,9 @@ class Norm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16:
-            return super().forward(x.float()).to(x.dtype)
+            # The weights may be fp16 as well: torch takes no norm of two types.
+            weight, bias = (None if t is None else t.float() for t in (self.weight, self.bias))
+            return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
         return super().forward(x)
 
 
