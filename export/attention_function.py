@@ -104,7 +104,23 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
         node.name = node.name or f"node_{node.output[0]}"
     for opset in [opset for opset in plain.opset_import if opset.domain == DOMAIN]:
         plain.opset_import.remove(opset)
+    _drop_casts(plain)
     return plain
+
+
+def _drop_casts(model: onnx.ModelProto) -> None:
+    """Take out each CastLike of a value that has the type already: it keeps engines from fusing a scale."""
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*typed.value_info, *typed.input)}
+    kinds |= {constant.name: constant.data_type for constant in typed.initializer}
+    same: dict[str, str] = {}
+    for node in [node for node in model.graph.node if node.op_type == "CastLike"]:
+        value, like = node.input
+        if kinds.get(value) and kinds.get(value) == kinds.get(like):
+            same[node.output[0]] = value
+            model.graph.node.remove(node)
+    for node in model.graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
 
 
 def _constant(name: str, kind: str) -> Iterator[onnx.NodeProto]:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ppcr import images, masks
 from ppcr.config import SegmenterConfig
+from ppcr.torch_resize import resize_like_torch
 
 BoolMask = npt.NDArray[np.bool_]
 Float32Array = npt.NDArray[np.float32]
@@ -49,11 +50,11 @@ class Framing:
     def pixels(self, image: UInt8Image) -> Float32Array:
         """uint8 [H, W, 3] of ``size`` to the segmenter's input, f32 [3, h, w], normalised and padded."""
         config = self.config
-        if config.family == "sam2":
-            # Columns before rows, with eight bits in between, as torch resizes for SAM 2. Pillow begins with
-            # what leaves it less to do, and then a quarter of the pixels may round the other way.
-            image = images.resize(image, (self.size[0], self.content[1]))
-        inner = images.normalise(images.resize(image, self.content), config.mean, config.std)
+        if config.family == "sam2":  # whose processor resizes with torch, the others' with Pillow
+            planes = resize_like_torch(image, self.content)
+            inner = images.normalise_planes(planes, config.mean, config.std)
+        else:
+            inner = images.normalise(images.resize(image, self.content), config.mean, config.std)
         if self.content == config.image_size:
             return inner
         whole = np.zeros((3, *config.image_size), np.float32)

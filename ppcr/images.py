@@ -97,6 +97,11 @@ def normalise(image: UInt8Image, mean: Sequence[float], std: Sequence[float]) ->
     """`uint8[H, W, 3]` to contiguous `f32[3, H, W]`: (x / 255 - mean) / std, per channel."""
     # Planes first and in place: with a new array for each operation, most of the time goes into fresh memory.
     planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
+    return normalise_planes(planes, mean, std)
+
+
+def normalise_planes(planes: Float32Array, mean: Sequence[float], std: Sequence[float]) -> Float32Array:
+    """`normalise` for `f32[3, H, W]` in 0..255, which it changes and gives back."""
     planes /= np.float32(255)
     planes -= np.asarray(mean, np.float32)[:, None, None]
     planes /= np.asarray(std, np.float32)[:, None, None]

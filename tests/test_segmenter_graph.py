@@ -133,13 +133,27 @@ def test_int8_decoder_stays_close(segmenter: Segmenter, graphs: Path, tmp_path: 
     assert "MatMulInteger" in used
 
 
-def test_products_may_be_kept_in_full_precision(graphs: Path, tmp_path: Path) -> None:
-    source, target = graphs / "mask_decoder.onnx", tmp_path / "kept.onnx"
-    quantise_products(source, target, kept=r"^mask_decoder\.")
+def test_products_of_tokens_keep_full_precision(graphs: Path, tmp_path: Path) -> None:
+    """What is multiplied over all cells runs in int8; all that a prompt's tokens are multiplied with does not."""
+    quantise("mask_decoder", graphs / "mask_decoder.onnx", tmp_path / "int8.onnx")
+    changed = _changed(graphs / "mask_decoder.onnx", tmp_path / "int8.onnx")
+    layers = [f"layers.{i}" for i in range(2)]
+    cells = {f"{layer}.prompt_to_image.{name}.weight" for layer in layers for name in "kv"}
+    cells |= {f"{layer}.image_to_prompt.{name}.weight" for layer in layers for name in ("q", "out")}
+    cells |= {f"last_prompt_to_image.{name}.weight" for name in "kv"} | {"up_0.weight", "up_1.weight"}
+    assert changed == {f"mask_decoder.{name}" for name in cells}
+
+
+def test_products_may_be_chosen(graphs: Path, tmp_path: Path) -> None:
+    quantise_products(graphs / "mask_decoder.onnx", tmp_path / "some.onnx", chosen=r"^prompt_encoder\.")
+    changed = _changed(graphs / "mask_decoder.onnx", tmp_path / "some.onnx")
+    assert changed and all(weight.startswith("prompt_encoder.") for weight in changed)
+
+
+def _changed(source: Path, target: Path) -> set[str]:
+    """The weights whose products run in int8 in ``target``."""
     plain = inlined(onnx.load(source))
     before = {node.name: node.input[1] for node in plain.graph.node if node.op_type == "MatMul"}
     after = {node.name for node in onnx.load(target).graph.node if node.op_type == "MatMul"}
-    kept = {name for name, weight in before.items() if weight.startswith("mask_decoder.")}
-    changed = {name for name, weight in before.items() if weight.startswith("prompt_encoder.")}
-    assert kept and changed
-    assert kept <= after and not changed & after
+    assert set(before) > after
+    return {before[name] for name in set(before) - after}

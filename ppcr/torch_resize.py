@@ -1,0 +1,105 @@
+"""Bilinear resizing of 8-bit images with torch's arithmetic, to the last bit and without torch.
+
+SAM 2's processor resizes with torch: columns first, then rows, each with weights of at most 15 bits and eight
+bits in between. Pillow keeps 22 bits of a weight, and rounds up to one pixel in twenty-five the other way.
+
+After `upsample_bilinear2d_aa` of torch for uint8 on a CPU (aten/src/ATen/native/cpu/UpSampleKernel.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+UInt8Image = npt.NDArray[np.uint8]
+
+_BLOCK = 32  # results whose weights lie in one small matrix; the inputs of neighbours overlap
+_CHUNK = 1 << 18  # values of input that are turned into floats at once
+_EXACT = 16  # bits of a weight up to which float32 holds every sum of products
+
+
+def resize_like_torch(image: UInt8Image, size: tuple[int, int]) -> Float32Array:
+    """Stretch `uint8[H, W, 3]` to `size` = (height, width): whole numbers 0..255 as `f32[3, height, width]`."""
+    height, width = size
+    columns, rows = _line(image.shape[1], width), _line(image.shape[0], height)
+    middle = np.empty((image.shape[0], 3, width), np.float32)
+    step = max(1, _CHUNK // (3 * image.shape[1]))
+    for top in range(0, len(image), step):
+        some = middle[top : top + step].reshape(-1, width)
+        # [rows * 3, W]: each channel of a row is a line of its own.
+        lines = image[top : top + step].transpose(0, 2, 1).astype(columns.dtype).reshape(-1, image.shape[1])
+        for start, stop, first, weights in columns.blocks:
+            some[:, start:stop] = columns.rounded(lines[:, first : first + len(weights)] @ weights)
+    planes = np.empty((3, height, width), np.float32)
+    flat = middle.reshape(len(image), -1)
+    for start, stop, first, weights in rows.blocks:
+        given = flat[first : first + len(weights)].astype(rows.dtype, copy=False)
+        drawn = rows.rounded(weights.T @ given).reshape(stop - start, 3, width)
+        planes[:, start:stop] = drawn.transpose(1, 0, 2)
+    return planes
+
+
+@dataclass(frozen=True)
+class _Line:
+    """How the values of a line become those of another.
+
+    Attributes:
+        bits: what weights are scaled by, as a power of two.
+        blocks: (start, stop, first, weights): results start:stop are sums of inputs from `first` on, times
+            weights [inputs, stop - start], whole numbers.
+    """
+
+    bits: int
+    blocks: tuple[tuple[int, int, int, npt.NDArray[np.floating]], ...]
+
+    @property
+    def dtype(self) -> type[np.floating]:
+        return _number(self.bits)
+
+    def rounded(self, sums: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Sums of scaled products as whole numbers 0..255, in place."""
+        sums += 2.0 ** (self.bits - 1)
+        sums *= 2.0**-self.bits
+        return np.floor(sums, out=sums)
+
+
+@lru_cache(maxsize=64)
+def _line(count: int, size: int) -> _Line:
+    """From ``count`` to ``size`` values."""
+    scale = count / size
+    support, reach = max(scale, 1.0), 1.0 / max(scale, 1.0)
+    centers = scale * (np.arange(size) + 0.5)
+    low = np.maximum((centers - support + 0.5).astype(np.int64), 0)
+    high = np.minimum((centers + support + 0.5).astype(np.int64), count)
+    places = low[:, None] + np.arange(int((high - low).max()))
+    weights = np.maximum(1.0 - np.abs((places - centers[:, None] + 0.5) * reach), 0.0)
+    weights = np.where(places < high[:, None], weights, 0.0)
+    weights /= weights.sum(axis=1, keepdims=True)
+    bits = next(n for n in range(23) if n == 22 or int(0.5 + weights.max() * 2 ** (n + 1)) >= 1 << 15)
+    whole = np.floor(0.5 + weights * 2**bits)
+    return _Line(bits, tuple(_blocks(whole, low, high, _number(bits))))
+
+
+def _blocks(
+    weights: npt.NDArray[np.float64],
+    low: npt.NDArray[np.int64],
+    high: npt.NDArray[np.int64],
+    dtype: type[np.floating],
+) -> Iterator[tuple[int, int, int, npt.NDArray[np.floating]]]:
+    for start in range(0, len(weights), _BLOCK):
+        stop = min(start + _BLOCK, len(weights))
+        first = int(low[start])
+        block = np.zeros((int(high[stop - 1]) - first, stop - start), dtype)
+        for column, result in enumerate(range(start, stop)):
+            used = slice(int(low[result]) - first, int(high[result]) - first)
+            block[used, column] = weights[result, : int(high[result] - low[result])]
+        yield start, stop, first, block
+
+
+def _number(bits: int) -> type[np.floating]:
+    return np.float32 if bits <= _EXACT else np.float64
