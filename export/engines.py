@@ -122,7 +122,8 @@ def make_job(
     carried: tuple[str, ...] = ()
     fixed = {"B": 1} if role == "image_encoder" else {}  # the session encodes one image at a time
     if role == "decoder":
-        fixed = {} if typed else {"L": manifest.shapes.max_length}
+        # The session reads one conversation at a time.
+        fixed = {} if typed else {"L": manifest.shapes.max_length, "W": 1}
         layers = range(manifest.shapes.layers)
         carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
     elif role in ("image_encoder", "mask_decoder"):
