@@ -2,13 +2,17 @@
 
 Inputs: ``inputs_embeds`` f[1, S, hidden]; ``rope_cos``, ``rope_sin`` f[1, S, head_dim / 2];
 ``write_indices`` int64[1], the cache position of the first token; ``attn_mask`` bool[1, 1, S, L], True where
-a token may look; ``logits_index`` int64[1], the token of the block whose logits are wanted; Qwen3-VL's
+a token may look; ``logits_index`` int64[W], the tokens of the block whose logits are wanted; Qwen3-VL's
 ``deepstack_i`` f[1, S, hidden], what is added to the hidden states after layer i (0 but for image tokens);
 ``k_cache_i``, ``v_cache_i`` f[1, kv_heads, L, head_dim].
-Outputs: ``logits`` f32[1, 1, vocabulary]; ``k_cache_out_i``, ``v_cache_out_i``, which may share memory with
+Outputs: ``logits`` f32[1, W, vocabulary]; ``k_cache_out_i``, ``v_cache_out_i``, which may share memory with
 the inputs. Positions and masks are the host's: the graph knows nothing of images or turns. The cache's length
 L is the host's choice as well, fixed for a conversation: attention looks at all of it, so a short one is
-faster. Of the last layer only the wanted token is computed; the others leave no more than keys and values.
+faster. Of the last layer only the wanted tokens are computed; the others leave no more than keys and values.
+
+Conversations that go on side by side from one image need no batch dimension: their tokens stand in one block
+and one cache, where the mask keeps them apart (`runtime.branches`), and W of them are answered at once. So
+the image's keys and values are held once. A graph whose cache length is fixed answers one token, W = 1.
 
 Weights stream from the checkpoint's files into the graph's: no more than a piece of one matrix is in memory.
 """
@@ -130,13 +134,14 @@ class DecoderWriter:
     ) -> None:
         self.sizes, self.tensors = sizes, tensors
         self.length: int | str = "L" if max_length is None else max_length
+        self.answers: int | str = "W" if max_length is None else 1
         self.graph = GraphWriter(opset=OPSET, dtype=dtype, bits=bits, data=data)
 
     def write(self, path: Path) -> None:
         """Save the decoder's graph."""
         s, g = self.sizes, self.graph
         self._declare_inputs()
-        g.output("logits", [1, 1, s.vocabulary], FLOAT)
+        g.output("logits", [1, self.answers, s.vocabulary], FLOAT)
         x = "inputs_embeds"
         for layer in range(s.layers):
             x = self._layer(x, layer)
@@ -155,7 +160,7 @@ class DecoderWriter:
         g.input("rope_sin", [1, "S", s.head_dim // 2])
         g.input("write_indices", [1], INT64)
         g.input("attn_mask", [1, 1, "S", self.length], BOOL)
-        g.input("logits_index", [1], INT64)
+        g.input("logits_index", [self.answers], INT64)
         for i in range(s.deepstack):
             g.input(f"deepstack_{i}", [1, "S", s.hidden])
         for i in range(s.layers):
@@ -199,7 +204,7 @@ class DecoderWriter:
         return g.linear(y, f"{name}.o", weight, self._bias({f"{name}.o_proj": s.hidden}))
 
     def _wanted(self, x: str, axis: int) -> str:
-        """``x`` at the one token whose logits are wanted."""
+        """``x`` at the tokens whose logits are wanted."""
         return self.graph.node("Gather", [x, "logits_index"], axis=axis)
 
     def _heads(self, x: str, layer: int, parts: str) -> str:

@@ -145,7 +145,8 @@ def job_of(
     carried: tuple[str, ...] = ()
     fixed = {"B": 1} if role == "image_encoder" else {}  # the session encodes one image at a time
     if role == "decoder":
-        fixed, layers = {"L": shapes.max_length}, range(shapes.layers)
+        # The session reads one conversation at a time.
+        fixed, layers = {"L": shapes.max_length, "W": 1}, range(shapes.layers)
         carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
     elif role in ("image_encoder", "mask_decoder"):
         carried = _FEATURES

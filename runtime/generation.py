@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from ppcr.constraint import Constraint
-from runtime.session import Context, Features, TurnContext
+from runtime.session import Context, Features, Float32Array, TurnContext
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,29 @@ def generate(
         raise ValueError(f"the constraint allows {constraint.max_tokens} tokens, more than {max_tokens}")
     if isinstance(context, TurnContext):
         return context.answer(prompt, constraint, features=features, meanwhile=meanwhile)
-    reused = context.length
+    speech = speak(prompt, constraint, context.length)
+    logits: Float32Array | None = None
+    while True:
+        try:
+            block = speech.send(logits)
+        except StopIteration as end:
+            turn: Turn = end.value
+            return turn
+        logits, features = context.extend(block, features), None
+        if meanwhile is not None:
+            meanwhile()
+            meanwhile = None
+
+
+Speech = Generator[list[int], Float32Array | None, Turn]
+"""Yields each block to be read, is sent the logits f32 [vocabulary] after it, and returns the turn."""
+
+
+def speak(prompt: Sequence[int], constraint: Constraint, reused: int) -> Speech:
+    """The turn of `generate` as what is to be read, for one that reads it: alone, or with other turns.
+
+    reused: tokens that the cache holds already.
+    """
     cursor = constraint.start()
     pending, answer = list(prompt), list[int]()
     calls = fed = 0
@@ -65,10 +87,9 @@ def generate(
             answer.extend(forced)
             pending.extend(forced)
             continue
-        logits = context.extend(pending, features)
-        calls, fed, features = calls + 1, fed + len(pending), None
-        if meanwhile is not None and calls == 1:
-            meanwhile()
+        logits = yield pending
+        assert logits is not None
+        calls, fed = calls + 1, fed + len(pending)
         token = best(logits, cursor.allowed())
         cursor.advance(token)
         answer.append(token)

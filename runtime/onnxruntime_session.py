@@ -13,14 +13,13 @@ from ppcr.manifest import WEIGHTS, Shapes, vision_role
 from ppcr.tensors import RowTable
 from runtime.bundle import Bundle
 from runtime.contexts import FilledContext
+from runtime.onnxruntime_branches import OnnxBranches, Snapshot
 from runtime.onnxruntime_library import Binding, Session, Value, floats_of, open_graph
 from runtime.onnxruntime_segmenter import OnnxSegmenter
 from runtime.positions import Tables, make_tables
 from runtime.session import Float32Array, Sessions
 from runtime.threads import Threads, share_threads
 
-# Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
-Snapshot = dict[tuple[str, int], npt.NDArray[Any]]
 _CACHE_STEP = 64
 
 
@@ -178,7 +177,7 @@ class OnnxContext(FilledContext):
     ) -> None:
         self._decoder, self._stepper = decoders
         self._embedding, self._image_token = embedding, image_token
-        self._capacity = length
+        self._capacity, self._shapes, self._tables = length, shapes, tables
         half = shapes.head_dim // 2
         self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
         self._at, self._last = np.zeros(1, np.int64), np.zeros(1, np.int64)
@@ -234,6 +233,19 @@ class OnnxContext(FilledContext):
     def capacity(self) -> int:
         """Tokens the cache can hold."""
         return self._capacity
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether the graph answers for several tokens of a block, on a cache of any length."""
+        inputs = {value.name: value.shape for value in self._decoder.get_inputs()}
+        return not any(isinstance(size, int) for size in (inputs["logits_index"][0], inputs["k_cache_0"][2]))
+
+    def branch(self, count: int) -> OnnxBranches:
+        """``count`` conversations that begin with what this one holds, on a cache of their own."""
+        return OnnxBranches(
+            (self._decoder, self._stepper), self._shapes, self._tables, self._embedding, self._image_token,
+            self.snapshot(), count,
+        )  # fmt: skip
 
     def snapshot(self) -> Snapshot:
         """Copies of the keys and values held."""

@@ -162,9 +162,11 @@ class Scene:
             return self._segment([request])[0]
 
     def segment_many(self, expressions: Sequence[str]) -> list[Result]:
-        """As `segment` for each expression, with the masks of all of them decoded as one batch.
+        """As `segment` for each expression, all of them at once.
 
-        The batch's time is shared out equally. All expressions are checked before the first is run.
+        Where the engine can, their stages 1 and 2 go on side by side (up to `prompter.SIDE_BY_SIDE` at a time)
+        in one KV cache that holds the image once; the masks of all are decoded as one batch. What is done for
+        several is shared out equally in their times. All expressions are checked before the first is run.
         """
         requests = [self._request(expression, None, None) for expression in expressions]
         with self._lock:
@@ -202,12 +204,10 @@ class Scene:
         return SpatialPrompt(unit, (unit[:, :2] + unit[:, 2:]) / 2)
 
     def _segment(self, requests: Sequence[Request]) -> list[Result]:
-        answers, watches = [], []
-        for request in requests:
-            # The first expression answers for reading the image as well.
-            watch, self._opening = self._opening, Stopwatch()
-            answers.append(self._prompter.answer(request, watch))
-            watches.append(watch)
+        # The first expression answers for reading the image as well.
+        watches = [self._opening, *(Stopwatch() for _ in requests[1:])]
+        self._opening = Stopwatch()
+        answers = self._prompter.answer_all(requests, watches)
         drawn = self._drawer.draw(answers, watches)
         return [
             Result(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +14,13 @@ from ppcr.prompts import MAX_TARGETS, SemanticPrompt, SpatialPrompt
 from runtime.bundle import Bundle
 from runtime.generation import Turn, generate
 from runtime.result import Costs
-from runtime.session import Context, Features, Float32Array, MLLMSession
+from runtime.session import BranchingContext, Context, Features, Float32Array, MLLMSession
+from runtime.side_by_side import Ask, Conversation, converse
 from runtime.timing import Stopwatch
+
+SIDE_BY_SIDE = 16
+"""Expressions that are read at once. Their tokens share a cache, all of which each of them passes over: beyond
+this many, that costs more than a larger block saves."""
 
 
 @dataclass(frozen=True)
@@ -75,43 +80,69 @@ class Prompter:
 
     def answer(self, request: Request, watch: Stopwatch) -> Answer:
         """Run the stages whose output is not given; "none" skips the second."""
-        turns: list[Turn] = []
-        semantic = request.semantic
-        if semantic is None:
+        conversation, turn = self._conversation(request), None
+        while True:
+            try:
+                ask = conversation.send(turn)
+            except StopIteration as end:
+                answer: Answer = end.value
+                return answer
             context = self._ready(request, watch)
-            with watch.stage("semantic"):
-                turns.append(self._first(context, request.ids))
-            semantic = self._tokenizer.semantic(turns[0].tokens)
-            if request.spatial is not None:
-                semantic = replace(semantic, count=min(request.spatial.count, MAX_TARGETS))
-        spatial = request.spatial
+            with watch.stage(ask.stage):
+                turn = self._read(context, ask)
+
+    def answer_all(self, requests: Sequence[Request], watches: Sequence[Stopwatch]) -> list[Answer]:
+        """As `answer` for each, `SIDE_BY_SIDE` of them at once where the engine can."""
+        answers = list[Answer]()
+        for first in range(0, len(requests), SIDE_BY_SIDE):
+            some = slice(first, first + SIDE_BY_SIDE)
+            answers += self._side_by_side(requests[some], watches[some])
+        return answers
+
+    def _side_by_side(self, requests: Sequence[Request], watches: Sequence[Stopwatch]) -> list[Answer]:
+        context = self._ready(requests[0], watches[0]) if len(requests) > 1 else None
+        if not isinstance(context, BranchingContext) or not context.can_branch:
+            return [self.answer(request, watch) for request, watch in zip(requests, watches, strict=True)]
+        with watches[0].stage("semantic"):
+            block, features = self._from_image(context, ())
+            if block:
+                context.extend(block, features)
+            branches = context.branch(len(requests))
+        conversations = [self._conversation(request) for request in requests]
+        first, *others = converse(branches, conversations, watches, self._meanwhile)
+        # Reading the image was a call of its own.
+        costs = replace(first.costs, forward_calls=first.costs.forward_calls + bool(block))
+        return [replace(first, costs=costs), *others]
+
+    def _conversation(self, request: Request) -> Conversation[Answer]:
+        tokenizer, turns = self._tokenizer, list[Turn]()
+        semantic, spatial = request.semantic, request.spatial
+        if semantic is None:
+            turn = yield Ask("semantic", request.ids, tokenizer.semantic_constraint, afresh=True)
+            assert turn is not None
+            turns.append(turn)
+            semantic, before = tokenizer.semantic(turn.tokens), turn.unread
+            if spatial is not None:
+                semantic = replace(semantic, count=min(spatial.count, MAX_TARGETS))
+        else:
+            # The first turn was given: its text is read as if the model had written it.
+            before = (*request.ids, *tokenizer.encode(semantic.text))
         if spatial is None and semantic.is_none:
             spatial = SpatialPrompt.empty()
         if spatial is None:
-            context = self._ready(request, watch)
-            with watch.stage("spatial"):
-                first = turns[0] if turns else None
-                turns.append(self._second(context, request.ids, semantic, first))
-            spatial = self._tokenizer.spatial(turns[-1].tokens, self._size)
+            constraint = tokenizer.spatial_constraint(semantic.count)
+            prompt = (*before, *tokenizer.between_stages)
+            turn = yield Ask("spatial", prompt, constraint, afresh=not turns)
+            assert turn is not None
+            turns.append(turn)
+            spatial = tokenizer.spatial(turn.tokens, self._size)
         return Answer(semantic, spatial, _costs(turns))
 
-    def _first(self, context: Context, ids: tuple[int, ...]) -> Turn:
-        prompt, features = self._from_image(context, ids)
-        constraint = self._tokenizer.semantic_constraint
-        return generate(context, prompt, constraint, features=features, meanwhile=self._meanwhile)
-
-    def _second(
-        self, context: Context, ids: tuple[int, ...], semantic: SemanticPrompt, first: Turn | None
-    ) -> Turn:
-        constraint = self._tokenizer.spatial_constraint(semantic.count)
-        between = self._tokenizer.between_stages
-        if first is not None:
-            return generate(context, [*first.unread, *between], constraint)
-        # The first turn was given: its text is read as if the model had written it.
-        prompt, features = self._from_image(context, ids)
-        written = self._tokenizer.encode(semantic.text)
-        block = [*prompt, *written, *between]
-        return generate(context, block, constraint, features=features, meanwhile=self._meanwhile)
+    def _read(self, context: Context, ask: Ask) -> Turn:
+        if not ask.afresh:
+            return generate(context, ask.tokens, ask.constraint)
+        prompt, features = self._from_image(context, ask.tokens)
+        return generate(context, prompt, ask.constraint, features=features, meanwhile=self._meanwhile)
 
     def _ready(self, request: Request, watch: Stopwatch) -> Context:
         """A context with room for both turns; the image's features are there."""

@@ -7,7 +7,7 @@ file, and only when a bundle is opened with it.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -67,6 +67,38 @@ class TurnContext(Protocol):
         meanwhile: Callable[[], None] | None = None,
     ) -> Turn:
         """As `runtime.generation.generate` on this context."""
+        ...
+
+
+class Branches(Protocol):
+    """Conversations that go on side by side from what a context held when they began. Not thread-safe."""
+
+    def length(self, branch: int) -> int:
+        """Tokens of a branch, what all began with included."""
+        ...
+
+    def extend(self, parts: Mapping[int, Sequence[int]]) -> Float32Array:
+        """Read on in some branches, text alone, in one forward call.
+
+        parts: what each of these branches reads, by its number.
+
+        Returns the logits f32 [n, vocabulary] after each part, in their order; the array may be overwritten by
+        the next call. Raises ValueError when a part is empty, holds an image token or does not fit.
+        """
+        ...
+
+
+@runtime_checkable
+class BranchingContext(Protocol):
+    """A conversation whose engine can read for several at once. Others are read one after the other."""
+
+    @property
+    def can_branch(self) -> bool:
+        """Whether the bundle's decoder allows it too."""
+        ...
+
+    def branch(self, count: int) -> Branches:
+        """``count`` conversations that begin with what this one holds, which they do not change."""
         ...
 
 

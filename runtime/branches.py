@@ -1,0 +1,107 @@
+"""Conversations that go on side by side from one image, in one KV cache: where each token stands, what it sees.
+
+The cache's first slots hold the trunk, what all branches begin with: the system turn and the image. Behind it
+every token that is read takes the next slot, of whichever branch it is; the attention mask gives each token
+the trunk and its own branch, and its position counts these alone. So the image's keys and values are held
+once, nothing is padded, and one forward call reads for as many branches as have something to say.
+
+What branches have in common they read together: a token whose whole past is that of another one shares its
+slot. Questions often begin alike, and the same question asked twice costs nothing more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.positions import BoolArray, Int64Array
+
+_CACHE_STEP = 64
+_TRUNK = -1
+
+
+@dataclass(frozen=True)
+class Block:
+    """The tokens of one forward call.
+
+    Attributes:
+        ids: int64 [S]. positions: int64 [S], the row of `runtime.positions.Tables` of each.
+        start: slot of the first; the others follow.
+        mask: bool [S, capacity], the slots that each may look at. The cache must have room for so many.
+        last: int64 [n], for each branch that reads, the token of the block that ends its part.
+    """
+
+    ids: Int64Array
+    positions: Int64Array
+    start: int
+    mask: BoolArray
+    last: Int64Array
+
+    @property
+    def end(self) -> int:
+        """The first free slot once the block is read."""
+        return self.start + len(self.ids)
+
+
+class Layout:
+    """Who stands where. ``count`` branches on a trunk of ``trunk`` tokens, each of ``limit`` tokens at most."""
+
+    def __init__(self, count: int, trunk: int, limit: int) -> None:
+        if count < 1:
+            raise ValueError(f"{count} branches: at least one is needed")
+        self._limit, self._free = limit, trunk
+        self._lengths = [trunk] * count
+        # The slot of the last token of each branch, and of a token by the one before it.
+        self._tips = [_TRUNK] * count
+        self._slots: dict[tuple[int, int], int] = {}
+        self._sees = np.zeros((count, trunk), np.bool_)
+        self._sees[:, :trunk] = True
+
+    def length(self, branch: int) -> int:
+        """Tokens of a branch, the trunk's included."""
+        return self._lengths[branch]
+
+    def place(self, parts: Mapping[int, Sequence[int]]) -> Block:
+        """Give the next tokens of some branches, by branch, their slots.
+
+        Raises ValueError, before anything is placed, when there is nothing to read or a branch grows too long.
+        """
+        for branch, tokens in parts.items():
+            if not 0 < len(tokens) <= self._limit - self._lengths[branch]:
+                held = self._lengths[branch]
+                told = f"{len(tokens)} tokens do not fit after {held} of a context of {self._limit}"
+                raise ValueError(told)
+        if not parts:
+            raise ValueError("no branch has anything to read")
+        start, most = self._free, sum(map(len, parts.values()))
+        self._make_room(start + most)
+        ids, positions = np.zeros((2, most), np.int64)
+        mask = np.zeros((most, self._sees.shape[1]), np.bool_)
+        last = []
+        for branch, tokens in parts.items():
+            sees = self._sees[branch]
+            for at, token in enumerate(tokens, 1):
+                before = self._tips[branch], int(token)
+                slot = self._slots.get(before)
+                # The end of a part is asked for its logits: one that an earlier call has read is read again.
+                if slot is None or (at == len(tokens) and slot < start):
+                    slot, self._slots[before] = self._free, self._free
+                    self._free += 1
+                    ids[slot - start], positions[slot - start] = token, self._lengths[branch]
+                    mask[slot - start] = sees
+                    mask[slot - start, slot] = True
+                sees[slot] = True
+                self._tips[branch] = slot
+                self._lengths[branch] += 1
+            last.append(self._tips[branch] - start)
+        count = self._free - start
+        return Block(ids[:count], positions[:count], start, mask[:count], np.asarray(last, np.int64))
+
+    def _make_room(self, slots: int) -> None:
+        count, held = self._sees.shape
+        if slots > held:
+            # Attention looks at the whole cache, and growing copies it: half as much again is between both.
+            wider = -(-slots * 3 // (2 * _CACHE_STEP)) * _CACHE_STEP
+            self._sees = np.concatenate([self._sees, np.zeros((count, wider - held), np.bool_)], axis=1)
