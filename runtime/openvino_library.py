@@ -9,10 +9,22 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import openvino as ov
+from openvino import opset13 as operators
+from openvino.frontend.onnx import ConversionExtension
 
 from ppcr.errors import BundleError
 from ppcr.manifest import REBUILD
 
+# What the other files use of OpenVINO goes through this one.
+__all__ = [
+    "Compiled", "ConversionExtension", "Core", "Graph", "Model", "Requests", "Tensor", "compile_model",
+    "has_bf16", "is_float32", "operators", "read",
+]  # fmt: skip
+
+Compiled: TypeAlias = ov.CompiledModel
+Core: TypeAlias = ov.Core
+Model: TypeAlias = ov.Model
+Tensor: TypeAlias = ov.Tensor
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 
@@ -63,6 +75,11 @@ def compile_model(
         return core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise _refused(path, error) from error
+
+
+def is_float32(node: Any) -> bool:
+    """Whether the first output of a graph's node is float32."""
+    return bool(node.get_element_type() == ov.Type.f32)
 
 
 def _refused(path: Path, error: RuntimeError) -> BundleError:

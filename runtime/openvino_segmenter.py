@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
 
 from runtime.bundle import Bundle
 from runtime.onnxruntime_library import write_out_functions
-from runtime.openvino_library import Graph, compile_model, read
+from runtime.openvino_library import Core, Graph, compile_model, read
 from runtime.session import Float32Array, Prompts
 from runtime.threads import Threads
 
@@ -26,7 +25,7 @@ _TEXT_STEP = 16
 class OpenVinoSegmenter:
     """`runtime.session.SegmenterSession`. Threads may share it."""
 
-    def __init__(self, core: ov.Core, bundle: Bundle, threads: Threads, *, bf16: bool) -> None:
+    def __init__(self, core: Core, bundle: Bundle, threads: Threads, *, bf16: bool) -> None:
         self._core, self._threads, self._bf16 = core, threads.mask_decoder, bf16
         self._shapes = bundle.manifest.shapes
         path = bundle.graphs["image_encoder"]

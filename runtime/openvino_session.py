@@ -9,8 +9,6 @@ row, and there OpenVINO is faster: `runtime.openvino_step`.
 
 from __future__ import annotations
 
-import openvino as ov
-
 from ppcr.errors import EngineError
 from ppcr.manifest import DATA, WEIGHTS, Shapes
 from ppcr.prompts import MAX_TARGETS
@@ -18,7 +16,7 @@ from ppcr.tensors import RowTable
 from runtime.bundle import AUTO, Bundle
 from runtime.onnxruntime_library import Session, open_graph
 from runtime.onnxruntime_session import OnnxContext, OnnxMLLM, Towers, load_decoder, plan_threads
-from runtime.openvino_library import Requests, has_bf16
+from runtime.openvino_library import Core, Requests, has_bf16
 from runtime.openvino_segmenter import OpenVinoSegmenter
 from runtime.openvino_step import ROWS, Step, StepGraphs
 from runtime.positions import Tables
@@ -36,7 +34,7 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
         BundleError: a graph cannot be read, as onnxruntime's `load`.
         EngineError: bf16 is asked for, and this processor has no instructions for it.
     """
-    core = ov.Core()
+    core = Core()
     half = precision == "bf16"
     if half and not has_bf16(core):
         raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")

@@ -18,14 +18,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import openvino as ov
-from openvino import opset13 as op
-from openvino.frontend.onnx import ConversionExtension
 
 from ppcr.errors import BundleError
 from ppcr.int8 import fit
 from ppcr.manifest import REBUILD, Shapes
-from runtime.openvino_library import Requests, compile_model, read
+from runtime.openvino_library import (
+    ConversionExtension,
+    Core,
+    Model,
+    Requests,
+    Tensor,
+    compile_model,
+    is_float32,
+    read,
+)
+from runtime.openvino_library import operators as op
 from runtime.session import Float32Array
 
 Cache = dict[tuple[str, int], npt.NDArray[Any]]
@@ -49,7 +56,7 @@ class StepGraphs:
 
     def __init__(self, path: Path, shapes: Shapes, threads: int) -> None:
         self._path, self._shapes, self._threads = path, shapes, threads
-        self._core = ov.Core()
+        self._core = Core()
         self._model = _Reader(self._core).read(path, shapes.layers)
         self._compiled: dict[int, Requests] = {}
         self._lock = threading.Lock()
@@ -98,7 +105,7 @@ class Step:
             "logits": logits,
             **{f"{kind}_cache_{layer}": array for (kind, layer), array in cache.items()},
         }
-        self._tensors = {name: ov.Tensor(array, shared_memory=True) for name, array in memory.items()}
+        self._tensors = {name: Tensor(array, shared_memory=True) for name, array in memory.items()}
         self._request = requests.take()
         weakref.finalize(self, requests.give, self._request)
         for name, tensor in self._tensors.items():
@@ -119,7 +126,7 @@ class _Reader:
     Three of its operators are read in this form's own way; the rest is OpenVINO's.
     """
 
-    def __init__(self, core: ov.Core) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
         # A model is read with inputs of its file alone: `read` puts the input `_BIAS` in the place of this.
         self._bias = op.constant(np.full((1, 1, 1, 1), _HIDDEN))
@@ -132,7 +139,7 @@ class _Reader:
         for name, reader in readers.items():
             core.add_extension(ConversionExtension(name, "", reader))
 
-    def read(self, path: Path, layers: int) -> ov.Model:
+    def read(self, path: Path, layers: int) -> Model:
         """The model, its cache of open length."""
         source = read(self._core, path)
         found = {
@@ -165,7 +172,7 @@ class _Reader:
         answers = {"logits": op.result(logits), _STORED: op.result(op.concat(stored, 0))}
         for name, answer in answers.items():
             answer.output(0).set_names({name})
-        model = ov.Model(list(answers.values()), inputs, "step")
+        model = Model(list(answers.values()), inputs, "step")
         compress(model)
         return model
 
@@ -201,7 +208,7 @@ class _Reader:
         return self._tables[name]
 
 
-def compress(model: ov.Model) -> int:
+def compress(model: Model) -> int:
     """Hold the matrices of products that lie on the int8 grid as whole numbers and scales; how many do."""
     count = 0
     for node in model.get_ordered_ops():
@@ -209,7 +216,7 @@ def compress(model: ov.Model) -> int:
             continue
         constant = node.input_value(1).get_node()
         # float32 alone: what is narrower already has its own way of being widened.
-        if constant.get_type_name() != "Constant" or constant.get_element_type() != ov.Type.f32:
+        if constant.get_type_name() != "Constant" or not is_float32(constant):
             continue
         weight = constant.data if node.get_attributes()["transpose_b"] else constant.data.T
         if weight.ndim != 2:

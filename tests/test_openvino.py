@@ -155,8 +155,9 @@ def test_matrices_on_the_grid_are_held_as_whole_numbers() -> None:
     x = op.parameter([5, 64], np.float32)
     first = op.matmul(x, op.constant(np.ascontiguousarray(on.T)), False, False)
     model = ov.Model([op.matmul(first, op.constant(off), False, True)], [x], "two")
+    model.input(0).set_names({"x"})
+    model.output(0).set_names({"y"})
     given = rng.normal(size=(5, 64)).astype(np.float32)
-    wanted = ov.Core().compile_model(model, "CPU")({0: given})[0]
     assert openvino_step.compress(model) == 1
     held = {
         tuple(node.shape): node.data
@@ -164,10 +165,10 @@ def test_matrices_on_the_grid_are_held_as_whole_numbers() -> None:
         if node.get_type_name() == "Constant" and node.get_element_type() == ov.Type.i8
     }
     np.testing.assert_array_equal(held[48, 2, 32], fit(on)[0])
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    found = ov.Core().compile_model(model, "CPU", settings)({0: given})[0]
+    # Left to itself, OpenVINO would quantise the activations of such a product: `compile_model` forbids it.
+    compiled = openvino_library.compile_model(ov.Core(), model, Path("two"), 1)
+    found = openvino_library.Graph(compiled).run({"x": given})["y"]
     np.testing.assert_allclose(found, given @ on.T @ off.T, rtol=1e-4, atol=1e-4)
-    assert found.shape == wanted.shape
 
 
 def test_pipeline_gives_the_masks_of_onnxruntime(bundle: Path, samples: Path) -> None:
