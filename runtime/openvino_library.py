@@ -17,7 +17,7 @@ from ppcr.manifest import REBUILD
 
 # What the other files use of OpenVINO goes through this one.
 __all__ = [
-    "Compiled", "ConversionExtension", "Core", "Graph", "Model", "Requests", "Tensor", "compile_model",
+    "Compiled", "ConversionExtension", "Core", "Graph", "Model", "Tensor", "compile_model",
     "has_bf16", "is_float32", "operators", "read",
 ]  # fmt: skip
 
@@ -65,7 +65,9 @@ def compile_model(
         "INFERENCE_NUM_THREADS": threads,
         # OpenVINO takes bf16 by itself where it can: say f32 as well.
         "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
-        # Nor may it quantise activations where weights are int8.
+        # Encoder and MLLM run side by side: pinned, both might be given the same processor.
+        "ENABLE_CPU_PINNING": False,
+        # Nor may it quantise activations where weights are int8, as it does by itself.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
     }
     try:
@@ -88,37 +90,25 @@ def _refused(path: Path, error: RuntimeError) -> BundleError:
     return BundleError(f"OpenVINO {ov.__version__} cannot read {path}: {reason}; {REBUILD}")
 
 
-class Requests:
-    """Requests of one compiled graph, used again: making one takes as long as running a small graph."""
-
-    def __init__(self, compiled: ov.CompiledModel) -> None:
-        self.compiled = compiled
-        self._idle = [compiled.create_infer_request()]
-
-    def take(self) -> ov.InferRequest:
-        """One that nobody else uses; `give` it back."""
-        try:
-            return self._idle.pop()
-        except IndexError:
-            return self.compiled.create_infer_request()
-
-    def give(self, request: ov.InferRequest) -> None:
-        self._idle.append(request)
-
-
 class Graph:
-    """A compiled graph. Threads may share it: each run has a request of its own."""
+    """A compiled graph. Threads may share it: each run has a request of its own.
+
+    Requests are used again: making one takes as long as running a small graph.
+    """
 
     def __init__(self, compiled: ov.CompiledModel) -> None:
-        self._requests = Requests(compiled)
+        self._compiled = compiled
+        self._idle = [compiled.create_infer_request()]
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
         """All outputs by name, in memory of their own."""
-        request = self._requests.take()
+        try:
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
         for name, array in feeds.items():
             request.set_tensor(name, ov.Tensor(np.ascontiguousarray(array), shared_memory=True))
         request.infer()
-        outputs = self._requests.compiled.outputs
-        found = {output.any_name: request.get_tensor(output).data.copy() for output in outputs}
-        self._requests.give(request)
+        found = {output.any_name: request.get_tensor(output).data.copy() for output in self._compiled.outputs}
+        self._idle.append(request)
         return found

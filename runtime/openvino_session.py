@@ -9,6 +9,10 @@ row, and there OpenVINO is faster: `runtime.openvino_step`.
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict
+from typing import Any
+
 from ppcr.errors import EngineError
 from ppcr.manifest import DATA, WEIGHTS, Shapes
 from ppcr.prompts import MAX_TARGETS
@@ -16,7 +20,7 @@ from ppcr.tensors import RowTable
 from runtime.bundle import AUTO, Bundle
 from runtime.onnxruntime_library import Session, open_graph
 from runtime.onnxruntime_session import OnnxContext, OnnxMLLM, Towers, load_decoder, plan_threads
-from runtime.openvino_library import Core, Requests, has_bf16
+from runtime.openvino_library import Compiled, Core, has_bf16
 from runtime.openvino_segmenter import OpenVinoSegmenter
 from runtime.openvino_step import ROWS, Step, StepGraphs
 from runtime.positions import Tables
@@ -63,16 +67,25 @@ class OpenVinoMLLM(OnnxMLLM):
     ) -> None:
         super().__init__(towers, decoders, bundle)
         self._steps = steps
+        # What conversations that ended were held in, by table and length of cache: to make it takes longer
+        # than to read a token.
+        self._ended: defaultdict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         if steps is not None:
             steps.of(self._cache_length(_usual_length(bundle)))
 
     def _new_context(self, tables: Tables, length: int) -> OnnxContext:
         if self._steps is None:
             return super()._new_context(tables, length)
-        requests = self._steps.of(length)
-        return OpenVinoContext(
-            self._decoders, self._shapes, tables, self._embedding, self._image_token, length, requests
-        )
+        ended = self._ended[id(tables), length]
+        try:
+            context = OpenVinoContext.again(ended.pop())
+        except IndexError:
+            step = self._steps.of(length)
+            context = OpenVinoContext(
+                self._decoders, self._shapes, tables, self._embedding, self._image_token, length, step
+            )
+        weakref.finalize(context, ended.append, vars(context))
+        return context
 
 
 class OpenVinoContext(OnnxContext):
@@ -86,11 +99,19 @@ class OpenVinoContext(OnnxContext):
         embedding: Float32Array | RowTable,
         image_token: int,
         length: int,
-        requests: Requests,
+        step: Compiled,
     ) -> None:
         super().__init__(decoders, shapes, tables, embedding, image_token, length)
         rows = {name: self._step[name] for name in ROWS}
-        self._stepped = Step(requests, rows, self._cache, self._logits)
+        self._stepped = Step(step, rows, self._cache, self._logits)
+
+    @classmethod
+    def again(cls, state: dict[str, Any]) -> OpenVinoContext:
+        """An empty conversation in the memory of one that ended, whose ``vars`` are given."""
+        context = cls.__new__(cls)
+        context.__dict__ = state
+        context.truncate(0)
+        return context
 
     def _launch_step(self) -> None:
         self._stepped.run(int(self._at[0]))

@@ -12,7 +12,6 @@ the host puts these in their place.
 from __future__ import annotations
 
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from ppcr.errors import BundleError
 from ppcr.int8 import fit
 from ppcr.manifest import REBUILD, Shapes
 from runtime.openvino_library import (
+    Compiled,
     ConversionExtension,
     Core,
     Model,
-    Requests,
     Tensor,
     compile_model,
     is_float32,
@@ -58,10 +57,10 @@ class StepGraphs:
         self._path, self._shapes, self._threads = path, shapes, threads
         self._core = Core()
         self._model = _Reader(self._core).read(path, shapes.layers)
-        self._compiled: dict[int, Requests] = {}
+        self._compiled: dict[int, Compiled] = {}
         self._lock = threading.Lock()
 
-    def of(self, length: int) -> Requests:
+    def of(self, length: int) -> Compiled:
         """For a cache of ``length`` tokens; takes a moment the first time."""
         with self._lock:
             if length not in self._compiled:
@@ -74,8 +73,9 @@ class StepGraphs:
                     _BIAS: [1, 1, 1, length + 1],
                     **{f"{kind}_cache_{layer}": cache for layer in range(s.layers) for kind in "kv"},
                 }
-                compiled = compile_model(self._core, self._model, self._path, self._threads, shapes=inputs)
-                self._compiled[length] = Requests(compiled)
+                self._compiled[length] = compile_model(
+                    self._core, self._model, self._path, self._threads, shapes=inputs
+                )
             return self._compiled[length]
 
 
@@ -83,14 +83,14 @@ class Step:
     """The step of one conversation: every tensor is bound once, to memory of the host's. Not thread-safe.
 
     Args:
-        requests: of `StepGraphs`, for the cache's length.
+        compiled: of `StepGraphs`, for the cache's length.
         rows: the token to come, by the names of `ROWS`, f32 [1, 1, …]; filled in by the host before each run.
         cache: f32 [1, kv_heads, length, head_dim] by ("k" or "v", layer).
         logits: f32 [1, 1, vocabulary], where answers go.
     """
 
     def __init__(
-        self, requests: Requests, rows: dict[str, Float32Array], cache: Cache, logits: Float32Array
+        self, compiled: Compiled, rows: dict[str, Float32Array], cache: Cache, logits: Float32Array
     ) -> None:
         self._places = [cache[kind, layer] for layer in range(len(cache) // 2) for kind in "kv"]
         _, heads, length, width = self._places[0].shape
@@ -106,8 +106,7 @@ class Step:
             **{f"{kind}_cache_{layer}": array for (kind, layer), array in cache.items()},
         }
         self._tensors = {name: Tensor(array, shared_memory=True) for name, array in memory.items()}
-        self._request = requests.take()
-        weakref.finalize(self, requests.give, self._request)
+        self._request = compiled.create_infer_request()
         for name, tensor in self._tensors.items():
             self._request.set_tensor(name, tensor)
 
