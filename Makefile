@@ -52,11 +52,11 @@ $(VENV)/.torch: $(VENV)/.made $(CONSTRAINTS)
 	@touch $@
 
 $(VENV)/.export: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c $(CONSTRAINTS) -e '.[export]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[export,openvino]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) install -c $(CONSTRAINTS) -e '.[export,train,tensorrt,dev]'
+	$(PIP) install -c $(CONSTRAINTS) -e '.[export,openvino,train,tensorrt,dev]'
 	@touch $@ $(VENV)/.export
 
 demo: $(VENV)/.export

@@ -31,7 +31,7 @@ from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.data.graph import Split
 from ppcr.errors import CommandParser, UsageError, run_cli
 from ppcr.manifest import Manifest
-from runtime.bundle import DEFAULT_BUNDLE
+from runtime.bundle import AUTO, DEFAULT_BUNDLE
 from runtime.threads import count_threads
 
 SPLIT: Split = "test"
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, nargs="+", default=[1, 2], metavar="N", help="default: 1 2")
     made.add_argument("--precision", metavar="A,B", help="rows of each engine (default: all it can)")
     made.add_argument(
-        "--engine", default=DEFAULT, metavar="A,B", help="names, auto, or all (default: %(default)s)"
+        "--engine", default=f"{AUTO},{DEFAULT}", metavar="A,B", help="names, or all (default: %(default)s)"
     )
     made.add_argument("--without-torch", action="store_true", help="leave the row of plain torch out")
     made.add_argument("--floor", action="store_true", help="what each stage takes at least on this machine")

@@ -58,7 +58,8 @@ def plan(
     """The rows that can be tried, and by name why others cannot.
 
     engines: as `engines_named` gives them; "all" are those that "auto" would try on this machine.
-    precisions: of every engine; None: those the bundle holds, and those an engine has beside them.
+    precisions: of every engine; None: those the bundle holds, and those an engine has beside them; of
+        "auto" the one it takes.
     checkpoint: what the bundle was made from, for engines that read its weights.
 
     Raises:
@@ -90,6 +91,8 @@ def plan(
 
 def _precisions_of(engine: str, manifest: Manifest) -> Sequence[str]:
     own = OWN_PRECISIONS.get(engine, ())
+    if engine == AUTO:
+        return [AUTO]
     if engine == "tensorrt":
         return list(dict.fromkeys(entry.precision for entry in manifest.engines)) or [AUTO]
     return own if engine == "torch" else [*manifest.precisions, *own]

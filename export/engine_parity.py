@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
-from export.parity import Progress, compare, make_cases
+from export.parity import Case, Progress, compare, make_cases
 from ppcr.checkpoint import Checkpoint
-from ppcr.errors import CheckpointError
+from ppcr.errors import CheckpointError, PPCRError
 from ppcr.manifest import Manifest, Parity, parity_key
 from ppcr.model.reference import ReferencePipeline
-from runtime.engine_checks import gate_name
+from runtime import selection
+from runtime.engine_checks import BF16, FP32, gate_name
 from runtime.pipeline import Pipeline
+
+FASTER: tuple[tuple[str, str], ...] = (("openvino", BF16),)
+"""Engines of this machine's processor, and precisions of theirs, that "auto" takes once they have passed."""
 
 
 def check_engine(
@@ -41,3 +46,25 @@ def check_engine(
     manifest = Manifest.load(bundle)
     dataclasses.replace(manifest, parity={**manifest.parity, key: parity}).save(bundle)
     return key, parity
+
+
+def faster_here(manifest: Manifest) -> list[tuple[str, str]]:
+    """Those of `FASTER` that can run the bundle here, and that "auto" would take if they passed."""
+    found = []
+    for engine, precision in FASTER:
+        try:
+            candidate = selection.choose(manifest, engine, precision=precision)
+        except PPCRError:
+            continue  # not installed, or not on this processor
+        if manifest.default_precision == FP32:
+            found.append((candidate.name, candidate.precision))
+    return found
+
+
+def measure_faster(bundle: Path, cases: Sequence[Case], progress: Progress) -> dict[str, Parity]:
+    """Figures of `faster_here` over ``cases``, as the manifest's ``parity`` keeps them."""
+    figures = {}
+    for engine, precision in faster_here(Manifest.load(bundle)):
+        with Pipeline.load(bundle, engine=engine, precision=precision) as pipeline:
+            figures[parity_key(engine, precision)] = compare(pipeline, cases, progress)
+    return figures

@@ -16,6 +16,7 @@ from ppcr.errors import CheckpointError, EngineError
 from ppcr.manifest import ROLES, Manifest, parity_key
 from runtime.bundle import AUTO
 from runtime.cuda_driver import first_gpu
+from runtime.processor import has_bf16
 
 FP32, BF16 = "fp32", "bf16"
 OWN_PRECISIONS = {"openvino": (BF16,), "torch": (BF16, "fp16", FP32)}
@@ -53,7 +54,10 @@ def engine_precision(name: str, asked: Asked) -> str:
         entries = manifest.engine_set(first_gpu().target, None if wanted == AUTO else wanted)
         return entries["decoder"].precision
     own = OWN_PRECISIONS.get(name, ())
+    lacking = name == "openvino" and not has_bf16()
     if wanted in own:
+        if lacking:
+            raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")
         if name != "torch":
             manifest.paths(FP32)
         return wanted
@@ -62,7 +66,8 @@ def engine_precision(name: str, asked: Asked) -> str:
     if wanted == AUTO and (name == "torch" or manifest.default_precision == FP32):
         label = gate_name(name)
         figures = {precision: manifest.parity.get(parity_key(label, precision)) for precision in own}
-        proven = [precision for precision, parity in figures.items() if parity and parity.passed]
+        # A bundle may have been built, and its figures taken, on another machine.
+        proven = [p for p, parity in figures.items() if parity and parity.passed and not lacking]
         if proven or name == "torch":
             return proven[0] if proven else FP32
     chosen = manifest.default_precision if wanted == AUTO else wanted
@@ -134,7 +139,6 @@ def _is_distributed(package: str) -> bool:
 
 def _openvino(asked: Asked) -> None:
     _require_installed("'.[openvino]'", "openvino")
-    _require_plain(asked.manifest)
 
 
 def _onnxruntime(asked: Asked) -> None:

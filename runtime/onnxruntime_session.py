@@ -30,7 +30,7 @@ def load(bundle: Bundle, *, threads: int) -> Sessions:
         BundleError: a graph cannot be read, or does not take what this runtime feeds.
         EngineError: this onnxruntime lacks an operator that a graph uses.
     """
-    plan = _plan(bundle, threads)
+    plan = plan_threads(bundle, threads)
     vision, encoder, drawer = (
         open_graph(bundle.graphs[role], getattr(plan, role))
         for role in ("vision", "image_encoder", "mask_decoder")
@@ -47,12 +47,13 @@ def load_segmenter(bundle: Bundle, *, threads: int) -> OnnxSegmenter:
 
 def load_decoder(bundle: Bundle, *, threads: int) -> tuple[Session, Session]:
     """The decoder for blocks and for single tokens (may be one), alone. Raises as `load` does."""
-    plan, path = _plan(bundle, threads), bundle.graphs["decoder"]
+    plan, path = plan_threads(bundle, threads), bundle.graphs["decoder"]
     decoder = open_graph(path, plan.decoder)
     return decoder, decoder if plan.step == plan.decoder else open_graph(path, plan.step)
 
 
-def _plan(bundle: Bundle, threads: int) -> Threads:
+def plan_threads(bundle: Bundle, threads: int) -> Threads:
+    """Who gets how many of ``threads``, by the bytes of the decoder that is read."""
     weights = [bundle.graphs[role] for role in ("decoder", f"decoder{WEIGHTS}") if role in bundle.graphs]
     return share_threads(threads, sum(path.stat().st_size for path in weights))
 
@@ -126,9 +127,7 @@ class OnnxMLLM:
     ) -> OnnxContext:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on."""
         length, tables = self._cache_length(max_length), self._tables_of(size or self._config.image_size)
-        context = OnnxContext(
-            self._decoders, self._shapes, tables, self._embedding, self._image_token, length
-        )
+        context = self._new_context(tables, length)
         key = tuple(prefix)
         if not key:
             return context
@@ -140,6 +139,9 @@ class OnnxMLLM:
         else:
             context.restore(known, len(key))
         return context
+
+    def _new_context(self, tables: Tables, length: int) -> OnnxContext:
+        return OnnxContext(self._decoders, self._shapes, tables, self._embedding, self._image_token, length)
 
     def _tables_of(self, size: tuple[int, int]) -> Tables:
         if size not in self._tables:

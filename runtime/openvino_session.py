@@ -1,99 +1,126 @@
-"""OpenVINO on the CPU for both image encoders and the mask decoder, in fp32 or, where asked for, bfloat16.
+"""OpenVINO on the CPU: the segmenter, and the decoder's steps; the MLLM's blocks of tokens on onnxruntime.
 
-The decoder stays with onnxruntime: OpenVINO does not know TensorScatter, which updates the KV cache in place.
+The MLLM always computes in fp32: location tokens are near ties, and products in bfloat16 decide one answer in
+eight differently. What "bf16" means here is the segmenter, whose masks it hardly moves.
+
+Image and prompt are read by onnxruntime, whose fp32 products of many rows are the faster ones. Steps read one
+row, and there OpenVINO is faster: `runtime.openvino_step`.
 """
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
+import weakref
+from collections import defaultdict
 from typing import Any
 
-import numpy as np
-import openvino as ov
-
-from ppcr.errors import BundleError, EngineError
-from ppcr.manifest import REBUILD
+from ppcr.errors import EngineError
+from ppcr.manifest import DATA, WEIGHTS, Shapes
+from ppcr.prompts import MAX_TARGETS
+from ppcr.tensors import RowTable
 from runtime.bundle import AUTO, Bundle
-from runtime.onnxruntime_library import write_out_functions
-from runtime.onnxruntime_session import OnnxMLLM, load_decoder
-from runtime.session import Float32Array, Prompts, Sessions
+from runtime.onnxruntime_library import Session, open_graph
+from runtime.onnxruntime_session import OnnxContext, OnnxMLLM, Towers, load_decoder, plan_threads
+from runtime.openvino_library import Compiled, Core, has_bf16
+from runtime.openvino_segmenter import OpenVinoSegmenter
+from runtime.openvino_step import ROWS, Step, StepGraphs
+from runtime.positions import Tables
+from runtime.session import Float32Array, Sessions
 
-_PROMPTS = ("boxes", "points", "spatial_valid", "text_embeddings", "text_mask")
+# Graphs at these precisions compute in fp32, with operators that OpenVINO reads.
+_READABLE = ("fp32", "int8")
+_USUAL_EXPRESSION = 24
 
 
 def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
-    """Both sessions of a bundle, in the precision of its graphs, or fp32 graphs computed in "bf16".
+    """Both sessions of a bundle, in the precision of its graphs, or with the segmenter computed in "bf16".
 
     Raises:
         BundleError: a graph cannot be read, as onnxruntime's `load`.
         EngineError: bf16 is asked for, and this processor has no instructions for it.
     """
-    if bundle.manifest.shapes.deepstack or len(bundle.config.mllm.sizes) > 1:
-        raise BundleError("the OpenVINO engine takes MLLMs of one image size without DeepStack alone")
-    core = ov.Core()
+    core = Core()
     half = precision == "bf16"
     if half and not has_bf16(core):
         raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")
-    compiled = {
-        role: _compile(core, bundle.graphs[role], threads, bf16=half) for role in ("vision", "image_encoder")
-    }
-    with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:  # OpenVINO reads no functions
-        plain = write_out_functions(bundle.graphs["mask_decoder"], Path(folder))
-        compiled["mask_decoder"] = _compile(core, plain, threads, bf16=half)
-    mllm = OpenVinoMLLM(compiled["vision"], bundle, threads=threads)
-    segmenter = OpenVinoSegmenter(compiled["image_encoder"], compiled["mask_decoder"])
+    plan = plan_threads(bundle, threads)
+    path = bundle.graphs["decoder"]
+    # Weights in files of their own belong to models too large to be held twice.
+    apart = f"decoder{WEIGHTS}" in bundle.graphs or path.with_name(path.name + DATA).exists()
+    steps = None
+    if bundle.precision in _READABLE and not apart:
+        steps = StepGraphs(path, bundle.manifest.shapes, plan.step)
+    towers = Towers(open_graph(bundle.graphs["vision"], plan.vision), bundle, plan.vision)
+    mllm = OpenVinoMLLM(towers, load_decoder(bundle, threads=threads), bundle, steps)
+    segmenter = OpenVinoSegmenter(core, bundle, plan, bf16=half)
     return Sessions(mllm, segmenter, precision="bf16" if half else bundle.precision)
 
 
-def _compile(core: ov.Core, path: Path, threads: int, *, bf16: bool = False) -> ov.CompiledModel:
-    settings: dict[str, Any] = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        # OpenVINO takes bf16 by itself where it can: say f32 as well.
-        "INFERENCE_PRECISION_HINT": "bf16" if bf16 else "f32",
-    }
-    try:
-        return core.compile_model(str(path), "CPU", settings)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise BundleError(f"OpenVINO {ov.__version__} cannot read {path}: {reason}; {REBUILD}") from error
-
-
-def has_bf16(core: ov.Core) -> bool:
-    """Whether the processor has instructions for products in bfloat16."""
-    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
 class OpenVinoMLLM(OnnxMLLM):
-    """`runtime.session.MLLMSession`: the vision tower on OpenVINO, the decoder on onnxruntime."""
+    """`runtime.session.MLLMSession`: as `OnnxMLLM`, with the steps of small decoders on OpenVINO.
 
-    def __init__(self, vision: ov.CompiledModel, bundle: Bundle, *, threads: int) -> None:
-        super().__init__(None, load_decoder(bundle, threads=threads), bundle)
-        self._tower = vision
+    Args:
+        steps: None leaves the steps to onnxruntime as well.
+    """
 
-    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Float32Array:
-        """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden]."""
-        # A request of its own for each call: threads may share the session.
-        features: Float32Array = self._tower.create_infer_request().infer({"pixel_values": patches})[0]
-        return features.copy()
+    def __init__(
+        self, towers: Towers, decoders: tuple[Session, Session], bundle: Bundle, steps: StepGraphs | None
+    ) -> None:
+        super().__init__(towers, decoders, bundle)
+        self._steps = steps
+        # What conversations that ended were held in, by table and length of cache: to make it takes longer
+        # than to read a token.
+        self._ended: defaultdict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+        if steps is not None:
+            steps.of(self._cache_length(_usual_length(bundle)))
+
+    def _new_context(self, tables: Tables, length: int) -> OnnxContext:
+        if self._steps is None:
+            return super()._new_context(tables, length)
+        ended = self._ended[id(tables), length]
+        try:
+            context = OpenVinoContext.again(ended.pop())
+        except IndexError:
+            step = self._steps.of(length)
+            context = OpenVinoContext(
+                self._decoders, self._shapes, tables, self._embedding, self._image_token, length, step
+            )
+        weakref.finalize(context, ended.append, vars(context))
+        return context
 
 
-class OpenVinoSegmenter:
-    """`runtime.session.SegmenterSession`. Threads may share it."""
+class OpenVinoContext(OnnxContext):
+    """`runtime.session.Context`: one KV cache, read in blocks by onnxruntime and stepped by OpenVINO."""
 
-    def __init__(self, image_encoder: ov.CompiledModel, mask_decoder: ov.CompiledModel) -> None:
-        self._encoder, self._decoder = image_encoder, mask_decoder
+    def __init__(
+        self,
+        decoders: tuple[Session, Session],
+        shapes: Shapes,
+        tables: Tables,
+        embedding: Float32Array | RowTable,
+        image_token: int,
+        length: int,
+        step: Compiled,
+    ) -> None:
+        super().__init__(decoders, shapes, tables, embedding, image_token, length)
+        rows = {name: self._step[name] for name in ROWS}
+        self._stepped = Step(step, rows, self._cache, self._logits)
 
-    def encode(self, pixels: Float32Array) -> dict[str, Float32Array]:
-        """Pixels f32 [3, H, W] to the features of one image, by output name."""
-        found = self._encoder.create_infer_request().infer({"pixels": pixels[None]})
-        return {output.any_name: found[output].copy() for output in self._encoder.outputs}
+    @classmethod
+    def again(cls, state: dict[str, Any]) -> OpenVinoContext:
+        """An empty conversation in the memory of one that ended, whose ``vars`` are given."""
+        context = cls.__new__(cls)
+        context.__dict__ = state
+        context.truncate(0)
+        return context
 
-    def decode(
-        self, features: dict[str, Float32Array], prompts: Prompts
-    ) -> tuple[Float32Array, Float32Array]:
-        """Mask logits f32 [N, h, w] and scores f32 [N]."""
-        given = {name: np.ascontiguousarray(getattr(prompts, name)) for name in _PROMPTS}
-        found = self._decoder.create_infer_request().infer({**features, **given})
-        return found["mask_logits"].copy(), found["scores"].copy()
+    def _launch_step(self) -> None:
+        self._stepped.run(int(self._at[0]))
+
+
+def _usual_length(bundle: Bundle) -> int:
+    """Tokens of a conversation about a short expression: its step is compiled when the bundle is loaded."""
+    tokenizer = bundle.tokenizer
+    image = bundle.manifest.shapes.image_tokens
+    answers = tokenizer.semantic_constraint.max_tokens + tokenizer.spatial_constraint(MAX_TARGETS).max_tokens
+    asked = len(tokenizer.prefix(image)) + len(tokenizer.between_stages) + _USUAL_EXPRESSION
+    return min(asked + answers, bundle.manifest.shapes.max_length)

@@ -24,7 +24,7 @@ PASSED, FAILED, UNGATED = "passed", "failed", "ungated"
 # Engines that are told the precision apart from the graphs'.
 _TOLD_PRECISION = ("tensorrt", "torch", "openvino")
 
-AnyBundle = Bundle | str | os.PathLike[str]
+AnyBundle = Bundle | Manifest | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -177,4 +177,6 @@ def _start(
 
 
 def _manifest(bundle: AnyBundle) -> Manifest:
+    if isinstance(bundle, Manifest):
+        return bundle
     return bundle.manifest if isinstance(bundle, Bundle) else Manifest.load(Path(bundle))

@@ -370,7 +370,16 @@ def test_a_random_model_is_built_and_measured(
     # The published width of the vision tower, one block of it, over a decoder of one small layer.
     monkeypatch.setitem(random_model._QWEN2_5, "3B", (256, 320, 36, 2, 1, 4096, True))
     monkeypatch.setitem(random_bundle.SEGMENTERS, "mobile-sam", small_segmenter)
-    words = ["--random-weights", "qwen2.5-vl-3b+mobile-sam", "--layers", "1", "--precision", "int4"]
+    words = [
+        "--random-weights",
+        "qwen2.5-vl-3b+mobile-sam",
+        "--layers",
+        "1",
+        "--precision",
+        "int4",
+        "--engine",
+        "onnxruntime",
+    ]
     words += ["--images", "1", "--repeats", "1", "--threads", "1", "--work", str(tmp_path)]
     assert latency.main(words) == 0
     out = capsys.readouterr().out

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ppcr.errors import BundleError, EngineError, UsageError
 from ppcr.manifest import Manifest, Parity, parity_key
-from runtime import cuda_driver, engine_checks, infer, selection
+from runtime import cuda_driver, engine_checks, infer, processor, selection
 from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
 from runtime.session import BACKENDS, Sessions
@@ -122,6 +122,7 @@ def test_openvino_takes_bf16_unasked_only_behind_its_gate(
     parity: dict[str, bool], computed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(monkeypatch, openvino=True)
+    monkeypatch.setattr(engine_checks, "has_bf16", lambda: True)
     held = {parity_key("openvino", name): figures(passed) for name, passed in parity.items()}
     folder = with_parity(tmp_path / "bundle", parity=held)
     assert selection.choose(folder, "openvino").precision == computed
@@ -194,7 +195,8 @@ def test_a_stub_that_cannot_be_imported_is_passed_over(
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "runtime.openvino_session", raising=False)
+    for name in [name for name in sys.modules if name.startswith("runtime.openvino_")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.warns(RuntimeWarning, match="^openvino: engine 'openvino' cannot be used here: ") as caught:
         with Pipeline.load(factory.random_bundle(), threads=1) as pipeline:
             assert pipeline.engine["engine"] == LAST
@@ -303,3 +305,17 @@ def test_the_choice_loads_no_engine_library() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == []
+
+
+def test_bf16_is_left_to_processors_that_have_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, openvino=True)
+    folder = with_parity(tmp_path / "bundle", parity={parity_key("openvino", "bf16"): figures(True)})
+    for flags, computed in (("fpu avx512f avx512_bf16", "bf16"), ("fpu avx512f", "fp32")):
+        told = tmp_path / "cpuinfo"
+        told.write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: {flags}\n")
+        monkeypatch.setattr(processor, "_CPUINFO", told)
+        assert selection.choose(folder).precision == computed
+    with pytest.raises(EngineError, match="no bfloat16 instructions: use --precision fp32"):
+        selection.choose(folder, "openvino", precision="bf16")
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "missing")
+    assert not processor.has_bf16()

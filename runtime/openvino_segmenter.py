@@ -1,0 +1,100 @@
+"""The segmenter on OpenVINO, in graphs without open shapes: prompts in groups of few sizes, texts padded."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.bundle import Bundle
+from runtime.onnxruntime_library import write_out_functions
+from runtime.openvino_library import Core, Graph, compile_model, read
+from runtime.session import Float32Array, Prompts
+from runtime.threads import Threads
+
+GROUPS = (4, 2, 1)
+"""How many prompts a graph of the mask decoder takes: the work for each hardly falls with more of them."""
+_TEXT_STEP = 16
+
+
+class OpenVinoSegmenter:
+    """`runtime.session.SegmenterSession`. Threads may share it."""
+
+    def __init__(self, core: Core, bundle: Bundle, threads: Threads, *, bf16: bool) -> None:
+        self._core, self._threads, self._bf16 = core, threads.mask_decoder, bf16
+        self._shapes = bundle.manifest.shapes
+        path = bundle.graphs["image_encoder"]
+        pixels = {"pixels": [1, 3, *self._shapes.image_size]}
+        encoder = compile_model(core, read(core, path), path, threads.image_encoder, bf16=bf16, shapes=pixels)
+        self._encoder = Graph(encoder)
+        self._features = {output.any_name: list(output.shape) for output in encoder.outputs}
+        self._path = bundle.graphs["mask_decoder"]
+        with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:  # OpenVINO reads no functions
+            self._decoder = read(core, write_out_functions(self._path, Path(folder)))
+        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._lock = threading.Lock()
+        self._graph(1, 1)
+
+    def encode(self, pixels: Float32Array) -> dict[str, Float32Array]:
+        """Pixels f32 [3, H, W] to the features of one image, by output name."""
+        return self._encoder.run({"pixels": pixels[None]})
+
+    def decode(
+        self, features: dict[str, Float32Array], prompts: Prompts
+    ) -> tuple[Float32Array, Float32Array]:
+        """Mask logits f32 [N, h, w] and scores f32 [N]."""
+        given = {field.name: getattr(prompts, field.name) for field in fields(prompts)}
+        length = given["text_mask"].shape[1]
+        padded = min(-(-length // _TEXT_STEP) * _TEXT_STEP, max(length, self._shapes.max_text))
+        for name in ("text_embeddings", "text_mask"):
+            given[name] = _lengthened(given[name], padded)
+        found, first = list[dict[str, Float32Array]](), 0
+        for size in groups(len(prompts.boxes)):
+            some = {name: array[first : first + size] for name, array in given.items()}
+            found.append(self._graph(size, padded).run({**features, **some}))
+            first += size
+        logits, scores = (
+            np.concatenate([answer[name] for answer in found]) for name in ("mask_logits", "scores")
+        )
+        return logits, scores
+
+    def _graph(self, count: int, length: int) -> Graph:
+        """The mask decoder for ``count`` prompts with texts of ``length``; compiled when first used."""
+        length = max(length, min(_TEXT_STEP, self._shapes.max_text))
+        with self._lock:
+            if (count, length) not in self._graphs:
+                shapes = {
+                    **self._features,
+                    "boxes": [count, 4],
+                    "points": [count, 2],
+                    "spatial_valid": [count],
+                    "text_embeddings": [count, length, self._shapes.hidden],
+                    "text_mask": [count, length],
+                }
+                self._graphs[count, length] = Graph(
+                    compile_model(
+                        self._core, self._decoder, self._path, self._threads, bf16=self._bf16, shapes=shapes
+                    )
+                )
+            return self._graphs[count, length]
+
+
+def groups(count: int) -> list[int]:
+    """``count`` prompts as sizes of `GROUPS`, large ones first."""
+    sizes = []
+    for size in GROUPS:
+        sizes += [size] * (count // size)
+        count %= size
+    return sizes
+
+
+def _lengthened(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """[N, T, …] to [N, length, …], filled up with zeros."""
+    out = np.zeros((len(array), length, *array.shape[2:]), array.dtype)
+    out[:, : array.shape[1]] = array
+    return out
