@@ -24,7 +24,7 @@ _EXACT = 16  # bits of a weight up to which float32 holds every sum of products
 
 
 def resize_like_torch(image: UInt8Image, size: tuple[int, int]) -> Float32Array:
-    """Stretch `uint8[H, W, 3]` to `size` = (height, width): whole numbers 0..255 as `f32[3, height, width]`."""
+    """Stretch `uint8[H, W, 3]` to `size` = (height, width): f32[3, height, width], whole numbers 0..255."""
     height, width = size
     columns, rows = _line(image.shape[1], width), _line(image.shape[0], height)
     middle = np.empty((image.shape[0], 3, width), np.float32)

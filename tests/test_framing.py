@@ -91,8 +91,8 @@ def slopes(size: tuple[int, int], seed: int = 0) -> np.ndarray:
     "size", [(28, 28), (28, 4000), (900, 500), (400, 5000), (1024, 77), *random_sizes(3, seed=2)]
 )
 def test_stretched_pixels_are_those_of_torch(size: tuple[int, int], draw: Callable[..., np.ndarray]) -> None:
-    # transformers' processor of SAM 2 runs on torchvision alone, which these pins leave out. On CPUs with AVX2
-    # torchvision hands 8-bit images to this function of torch, which therefore stands for the processor.
+    # transformers' processor of SAM 2 runs on torchvision alone, which these pins leave out. On CPUs with
+    # AVX2 torchvision hands 8-bit images to this function of torch, which so stands for the processor.
     image = draw(size)
     found = eight_bit(Framing.of(size, STRETCHED).pixels(image))
     planes = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()

@@ -134,7 +134,7 @@ def test_int8_decoder_stays_close(segmenter: Segmenter, graphs: Path, tmp_path: 
 
 
 def test_products_of_tokens_keep_full_precision(graphs: Path, tmp_path: Path) -> None:
-    """What is multiplied over all cells runs in int8; all that a prompt's tokens are multiplied with does not."""
+    """Products over all cells of the image run in int8, those of a prompt's tokens do not."""
     quantise("mask_decoder", graphs / "mask_decoder.onnx", tmp_path / "int8.onnx")
     changed = _changed(graphs / "mask_decoder.onnx", tmp_path / "int8.onnx")
     layers = [f"layers.{i}" for i in range(2)]
