@@ -19,7 +19,9 @@ Float32Array = npt.NDArray[np.float32]
 UInt8Image = npt.NDArray[np.uint8]
 
 _BLOCK = 32  # results whose weights lie in one small matrix; the inputs of neighbours overlap
-_CHUNK = 1 << 18  # values of input that are turned into floats at once
+# Multiplications of one product: for more of them OpenBLAS starts threads, which wait for the processors that
+# the models run on.
+_PRODUCT = 1 << 18
 _EXACT = 16  # bits of a weight up to which float32 holds every sum of products
 
 
@@ -28,7 +30,7 @@ def resize_like_torch(image: UInt8Image, size: tuple[int, int]) -> Float32Array:
     height, width = size
     columns, rows = _line(image.shape[1], width), _line(image.shape[0], height)
     middle = np.empty((image.shape[0], 3, width), np.float32)
-    step = max(1, _CHUNK // (3 * image.shape[1]))
+    step = max(1, columns.most // 3)
     for top in range(0, len(image), step):
         some = middle[top : top + step].reshape(-1, width)
         # [rows * 3, W]: each channel of a row is a line of its own.
@@ -36,11 +38,12 @@ def resize_like_torch(image: UInt8Image, size: tuple[int, int]) -> Float32Array:
         for start, stop, first, weights in columns.blocks:
             some[:, start:stop] = columns.rounded(lines[:, first : first + len(weights)] @ weights)
     planes = np.empty((3, height, width), np.float32)
-    flat = middle.reshape(len(image), -1)
-    for start, stop, first, weights in rows.blocks:
-        given = flat[first : first + len(weights)].astype(rows.dtype, copy=False)
-        drawn = rows.rounded(weights.T @ given).reshape(stop - start, 3, width)
-        planes[:, start:stop] = drawn.transpose(1, 0, 2)
+    for channel, plane in enumerate(planes):
+        for left in range(0, width, rows.most):
+            some = middle[:, channel, left : left + rows.most].astype(rows.dtype)
+            for start, stop, first, weights in rows.blocks:
+                drawn = rows.rounded(weights.T @ some[first : first + len(weights)])
+                plane[start:stop, left : left + rows.most] = drawn
     return planes
 
 
@@ -60,6 +63,11 @@ class _Line:
     @property
     def dtype(self) -> type[np.floating]:
         return _number(self.bits)
+
+    @property
+    def most(self) -> int:
+        """Lines to be turned at once."""
+        return max(1, _PRODUCT // (_BLOCK * max(len(weights) for *_, weights in self.blocks)))
 
     def rounded(self, sums: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
         """Sums of scaled products as whole numbers 0..255, in place."""

@@ -108,7 +108,9 @@ def test_reduced_precisions_may_differ_as_a_pixel_does() -> None:
 
 def test_boxes_move_by_a_pixel_at_most() -> None:
     boxes = np.random.default_rng().random((7, 4), np.float32)
-    given = Prompts(boxes, boxes[:, :2], np.ones(7, np.float32), np.zeros((7, 1, 8)), np.zeros((7, 1), bool))
+    given = Prompts(
+        boxes, boxes[:, :2], np.ones(7, np.float32), np.zeros((7, 1, 8), np.float32), np.zeros((7, 1), bool)
+    )
     shift = (segmenter.moved(given, (50, 200)).boxes - boxes) * np.array([200, 50, 200, 50])
     assert np.abs(shift).max() <= 1.001 and np.abs(shift).min() > 0
 
