@@ -71,18 +71,6 @@ def test_faster_than_the_processor_of_transformers() -> None:
     assert ours < least_seconds(lambda: processor(images=image, return_tensors="np"))
 
 
-def test_stretching_is_faster_than_the_steps_of_the_processor() -> None:
-    image = picture((480, 640))
-    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
-
-    def theirs() -> torch.Tensor:
-        planes = torch.from_numpy(image).permute(2, 0, 1).contiguous()[None]
-        large = F.interpolate(planes, (1024, 1024), mode="bilinear", antialias=True, align_corners=False)
-        return (large[0].float() - 255 * mean) / (255 * std)
-
-    assert least_seconds(lambda: Framing.of((480, 640), STRETCHED).pixels(image)) < least_seconds(theirs)
-
-
 def stripes(size: tuple[int, int], seed: int = 0) -> np.ndarray:
     """Rows that are all the same: what is rounded the wrong way in one is so in all that are averaged."""
     return np.broadcast_to(picture((1, size[1]), seed), (*size, 3)).copy()

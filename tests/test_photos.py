@@ -134,7 +134,7 @@ def test_the_segmenters_latency_beside_torch(capsys: pytest.CaptureFixture[str])
     assert last["rows"]["fp32"]["many boxes"]["n"] == 2
     assert last["factors_against"] == "torch"
     assert all(row["counts"] for row in last["rows"].values())  # int8 of this bundle is its fp32
-    assert 0 < last["torch_with_boxes_moved_by_a_pixel"] < 1
+    assert 0 < last["torch_with_boxes_moved_by_a_pixel"] <= 1
     assert segmenter.main([*words, "--official", "mobile_sam.pt"]) == UsageError.exit_code
     assert "belongs to a bundle of MobileSAM" in capsys.readouterr().err
 
