@@ -103,7 +103,8 @@ def normalise(image: UInt8Image, mean: Sequence[float], std: Sequence[float]) ->
 
 def normalise_planes(planes: Float32Array, mean: Sequence[float], std: Sequence[float]) -> Float32Array:
     """`normalise` for `f32[3, H, W]` in 0..255, which it changes and gives back."""
-    for plane, middle, spread in zip(planes, np.float32(mean), np.float32(std), strict=True):
+    middles, spreads = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    for plane, middle, spread in zip(planes, middles, spreads, strict=True):
         # Some rows at a time: they stay in the processor's cache from one operation to the next.
         for top in range(0, len(plane), _ROWS):
             rows = plane[top : top + _ROWS]
