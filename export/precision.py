@@ -5,9 +5,9 @@ are near ties by nature (a thousand bins, neighbours almost equally likely), and
 many of them differently. An engine unfolds such weights once, when it loads the graph.
 
 The segmenter's matrix products run in int8: weights per output channel, activations quantised as they come.
-Convolutions, norms and attention stay in fp32. In the mask decoder only products over the image's cells run in
-int8: activations have one scale for all rows, which tokens of many prompts do not bear, and a handful of rows
-costs nothing.
+Convolutions, norms and attention stay in fp32. In the mask decoder only products over the image's cells run
+in int8: activations have one scale for all rows, which tokens of many prompts do not bear, and a handful of
+rows costs nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OPERATORS = ["MatMul"]
 # The products that run in int8, by their weight's name; in other graphs all do. What GELU leaves in TinyViT's
 # later stages is close to zero but for a few large values: in int8 it makes 40 % of the features' error.
 _BUT_AFTER_GELU = r"^(?!image_encoder\.model\.stages\.[12]\.\d+\.mlp\.3\.)"
-_OVER_CELLS = r"\.prompt_to_image\.(plain\.)?[kv]\.|\.image_to_prompt\.(plain\.)?(q|out)\.|\.up_\d\."
+_OVER_CELLS = r"prompt_to_image\.(plain\.)?[kv]\.|image_to_prompt\.(plain\.)?(q|out)\.|\.up_\d\."
 _CHOSEN = {"image_encoder": _BUT_AFTER_GELU, "mask_decoder": _OVER_CELLS}
 
 

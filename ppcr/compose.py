@@ -19,6 +19,7 @@ from ppcr.checkpoint import Checkpoint
 from ppcr.config import MLLMConfig, PPCRConfig, SegmenterConfig
 from ppcr.errors import CheckpointError, CommandParser, run_cli
 from ppcr.files import atomic_directory, read_json, write_json
+from ppcr.tensors import TensorFiles
 
 if TYPE_CHECKING:
     from ppcr.model.sam import SamSegmenter
@@ -67,6 +68,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
     mllm = locate(options.mllm)
     speech, convention = spoken_to(mllm)
+    require_whole(mllm)
     segmenter = read_segmenter(locate(options.segmenter), hidden_size(mllm), points=options.points)
     name = options.name or options.output.resolve().name
     with atomic_directory(options.output, marker=_MARKER) as part:
@@ -126,6 +128,18 @@ def spoken_to(mllm: Path) -> tuple[MLLMConfig, str]:
         whole = PPCRConfig.load(beside)
         return whole.mllm, whole.box_convention
     return pretrained.spoken_to(mllm)
+
+
+def require_whole(mllm: Path) -> None:
+    """Check that the MLLM's weights and tokenizer are there, before gigabytes are copied.
+
+    Raises:
+        CheckpointError: names the file that is missing or cut short.
+    """
+    if not TensorFiles(mllm):
+        raise CheckpointError(f"{mllm} holds no weights: copy the whole model")
+    if not (mllm / "tokenizer.json").is_file():
+        raise CheckpointError(f"{mllm} holds no tokenizer.json: copy the whole model")
 
 
 def hidden_size(mllm: Path) -> int:

@@ -32,6 +32,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())
 # Named, so that Pillow never starts an external program (EPS) or guesses where there is no signature (TGA).
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "AVIF")
 _ORIENTATION_TAG = 0x0112
+_ROWS = 64
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -102,9 +103,14 @@ def normalise(image: UInt8Image, mean: Sequence[float], std: Sequence[float]) ->
 
 def normalise_planes(planes: Float32Array, mean: Sequence[float], std: Sequence[float]) -> Float32Array:
     """`normalise` for `f32[3, H, W]` in 0..255, which it changes and gives back."""
-    planes /= np.float32(255)
-    planes -= np.asarray(mean, np.float32)[:, None, None]
-    planes /= np.asarray(std, np.float32)[:, None, None]
+    middles, spreads = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    for plane, middle, spread in zip(planes, middles, spreads, strict=True):
+        # Some rows at a time: they stay in the processor's cache from one operation to the next.
+        for top in range(0, len(plane), _ROWS):
+            rows = plane[top : top + _ROWS]
+            rows /= np.float32(255)
+            rows -= middle
+            rows /= spread
     return planes
 
 

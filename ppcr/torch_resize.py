@@ -19,29 +19,38 @@ Float32Array = npt.NDArray[np.float32]
 UInt8Image = npt.NDArray[np.uint8]
 
 _BLOCK = 32  # results whose weights lie in one small matrix; the inputs of neighbours overlap
-_CHUNK = 1 << 18  # values of input that are turned into floats at once
+# Multiplications of one product: for more of them OpenBLAS starts threads, which wait for the processors that
+# the models run on.
+_PRODUCT = 1 << 18
 _EXACT = 16  # bits of a weight up to which float32 holds every sum of products
 
 
 def resize_like_torch(image: UInt8Image, size: tuple[int, int]) -> Float32Array:
-    """Stretch `uint8[H, W, 3]` to `size` = (height, width): whole numbers 0..255 as `f32[3, height, width]`."""
+    """Stretch `uint8[H, W, 3]` to `size` = (height, width): f32[3, height, width], whole numbers 0..255."""
     height, width = size
     columns, rows = _line(image.shape[1], width), _line(image.shape[0], height)
     middle = np.empty((image.shape[0], 3, width), np.float32)
-    step = max(1, _CHUNK // (3 * image.shape[1]))
+    step = max(1, columns.most // 3)
     for top in range(0, len(image), step):
         some = middle[top : top + step].reshape(-1, width)
         # [rows * 3, W]: each channel of a row is a line of its own.
         lines = image[top : top + step].transpose(0, 2, 1).astype(columns.dtype).reshape(-1, image.shape[1])
         for start, stop, first, weights in columns.blocks:
-            some[:, start:stop] = columns.rounded(lines[:, first : first + len(weights)] @ weights)
+            some[:, start:stop] = _rounded(lines[:, first : first + len(weights)] @ weights)
     planes = np.empty((3, height, width), np.float32)
-    flat = middle.reshape(len(image), -1)
-    for start, stop, first, weights in rows.blocks:
-        given = flat[first : first + len(weights)].astype(rows.dtype, copy=False)
-        drawn = rows.rounded(weights.T @ given).reshape(stop - start, 3, width)
-        planes[:, start:stop] = drawn.transpose(1, 0, 2)
+    for channel, plane in enumerate(planes):
+        for left in range(0, width, rows.most):
+            some = middle[:, channel, left : left + rows.most].astype(rows.dtype, copy=False)
+            for start, stop, first, weights in rows.blocks:
+                drawn = weights.T @ some[first : first + len(weights)]
+                plane[start:stop, left : left + rows.most] = _rounded(drawn)
     return planes
+
+
+def _rounded(sums: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+    """Whole numbers 0..255, in place."""
+    sums += 0.5
+    return np.floor(sums, out=sums)
 
 
 @dataclass(frozen=True)
@@ -49,23 +58,18 @@ class _Line:
     """How the values of a line become those of another.
 
     Attributes:
-        bits: what weights are scaled by, as a power of two.
+        dtype: holds every sum of products exactly.
         blocks: (start, stop, first, weights): results start:stop are sums of inputs from `first` on, times
-            weights [inputs, stop - start], whole numbers.
+            weights [inputs, stop - start], multiples of a power of two.
     """
 
-    bits: int
+    dtype: type[np.floating]
     blocks: tuple[tuple[int, int, int, npt.NDArray[np.floating]], ...]
 
     @property
-    def dtype(self) -> type[np.floating]:
-        return _number(self.bits)
-
-    def rounded(self, sums: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Sums of scaled products as whole numbers 0..255, in place."""
-        sums += 2.0 ** (self.bits - 1)
-        sums *= 2.0**-self.bits
-        return np.floor(sums, out=sums)
+    def most(self) -> int:
+        """Lines to be turned at once."""
+        return max(1, _PRODUCT // (_BLOCK * max(len(weights) for *_, weights in self.blocks)))
 
 
 @lru_cache(maxsize=64)
@@ -81,8 +85,9 @@ def _line(count: int, size: int) -> _Line:
     weights = np.where(places < high[:, None], weights, 0.0)
     weights /= weights.sum(axis=1, keepdims=True)
     bits = next(n for n in range(23) if n == 22 or int(0.5 + weights.max() * 2 ** (n + 1)) >= 1 << 15)
-    whole = np.floor(0.5 + weights * 2**bits)
-    return _Line(bits, tuple(_blocks(whole, low, high, _number(bits))))
+    weights = np.floor(0.5 + weights * 2**bits) / 2**bits
+    dtype: type[np.floating] = np.float32 if bits <= _EXACT else np.float64
+    return _Line(dtype, tuple(_blocks(weights, low, high, dtype)))
 
 
 def _blocks(
@@ -99,7 +104,3 @@ def _blocks(
             used = slice(int(low[result]) - first, int(high[result]) - first)
             block[used, column] = weights[result, : int(high[result] - low[result])]
         yield start, stop, first, block
-
-
-def _number(bits: int) -> type[np.floating]:
-    return np.float32 if bits <= _EXACT else np.float64

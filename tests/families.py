@@ -53,6 +53,7 @@ class Small:
     vision_depth: int = 3
     vision_hidden: int = 64
     vision_intermediate: int = 96
+    vision_heads: int = 2
     window: int = 112
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -86,7 +87,7 @@ class Small:
 
     def vision(self) -> dict[str, Any]:
         common = {
-            "depth": self.vision_depth, "hidden_size": self.vision_hidden, "num_heads": 2,
+            "depth": self.vision_depth, "hidden_size": self.vision_hidden, "num_heads": self.vision_heads,
             "intermediate_size": self.vision_intermediate, "out_hidden_size": self.hidden,
             "patch_size": PATCH[self.family], "spatial_merge_size": 2, "temporal_patch_size": 2,
         }  # fmt: skip

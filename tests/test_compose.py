@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -95,12 +96,33 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
     return error
 
 
+def damage(mllm: Path, target: Path) -> None:
+    """Copies of an MLLM (beside which lies no PPCR checkpoint's config.json) that are not whole."""
+    for name in ("no-shard", "cut", "no-tokenizer"):
+        shutil.copytree(mllm, target / name, copy_function=os.symlink)
+        config = json.loads((mllm / "config.json").read_text())
+        config["vision_config"]["patch_size"] = 14  # a public model's
+        (target / name / "config.json").unlink()
+        (target / name / "config.json").write_text(json.dumps(config))
+    (target / "no-tokenizer" / "tokenizer.json").unlink()
+    weights = (target / "cut" / "model.safetensors").read_bytes()
+    (target / "cut" / "model.safetensors").unlink()
+    (target / "cut" / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    (target / "no-shard" / "model.safetensors").rename(target / "no-shard" / first)
+    index = {"weight_map": {"a": first, "b": second}}
+    (target / "no-shard" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("mllm", "segmenter", "message"),
     [
         ("absent", "sam", "absent does not exist"),
         ("empty", "sam", "holds no config.json"),
         ("foreign", "sam", "holds a model of type 'llama'"),
+        ("no-shard", "sam", "no-shard/model-00002-of-00002.safetensors is missing"),
+        ("cut", "sam", "cut/model.safetensors as safetensors"),
+        ("no-tokenizer", "sam", "no-tokenizer holds no tokenizer.json"),
         ("tiny", "absent.pt", "absent.pt does not exist"),
         ("tiny", "empty", "holds no config.json"),
         ("tiny", "foreign", "holds a 'llama', which is no segmenter known here"),
@@ -123,6 +145,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "no-weights").mkdir()
     shutil.copy(sam / "config.json", tmp_path / "no-weights")
+    damage(checkpoint / "mllm", tmp_path)
     known = {"tiny": checkpoint / "mllm", "sam": sam}
     paths = [str(known.get(name, tmp_path / name)) for name in (mllm, segmenter)]
     before = sorted(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from ppcr.errors import UsageError
 from ppcr.evaluation.metrics import DEFAULT, summarise
 from ppcr.masks import encode_rle
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
+from runtime.session import Prompts
 from tests import factory
 
 SIZES = {"b.png": (60, 90), "a.png": (120, 50)}
@@ -100,6 +101,29 @@ def test_a_bundle_on_photographs(folder: Path, capsys: pytest.CaptureFixture[str
     assert sum(kind["n"] for kind in last["kinds"].values()) == 3
 
 
+def test_reduced_precisions_may_differ_as_a_pixel_does() -> None:
+    assert segmenter.least("fp32", 0.9) == 0.995 and segmenter.least("unheard of", 0.9) == 1
+    assert segmenter.least("int8", 0.99) == 0.95 and segmenter.least("int8", 0.93) == 0.93
+
+
+def test_boxes_move_by_a_pixel_at_most() -> None:
+    boxes = np.random.default_rng().random((7, 4), np.float32)
+    given = Prompts(
+        boxes, boxes[:, :2], np.ones(7, np.float32), np.zeros((7, 1, 8), np.float32), np.zeros((7, 1), bool)
+    )
+    shift = (segmenter.moved(given, (50, 200)).boxes - boxes) * np.array([200, 50, 200, 50])
+    assert np.abs(shift).max() <= 1.001 and np.abs(shift).min() > 0
+
+
+def test_openvino_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    words = ["--checkpoint", str(factory.random_checkpoint()), "--bundle", str(factory.random_bundle())]
+    assert segmenter.main([*words, "--boxes", "3", "--repeats", "1", "--openvino"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert set(rows) - {"openvino bf16"} == {"torch", "fp32", "int8", "openvino fp32"}
+    assert rows["openvino fp32"]["mean_mask_iou"] > 0.99
+
+
 def test_the_segmenters_latency_beside_torch(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--checkpoint", str(factory.random_checkpoint()), "--bundle", str(factory.random_bundle())]
     assert segmenter.main([*words, "--boxes", "3", "--repeats", "2"]) == 0
@@ -109,6 +133,8 @@ def test_the_segmenters_latency_beside_torch(capsys: pytest.CaptureFixture[str])
     assert last["rows"]["fp32"]["mean_mask_iou"] > 0.99
     assert last["rows"]["fp32"]["many boxes"]["n"] == 2
     assert last["factors_against"] == "torch"
+    assert all(row["counts"] for row in last["rows"].values())  # int8 of this bundle is its fp32
+    assert 0 < last["torch_with_boxes_moved_by_a_pixel"] <= 1
     assert segmenter.main([*words, "--official", "mobile_sam.pt"]) == UsageError.exit_code
     assert "belongs to a bundle of MobileSAM" in capsys.readouterr().err
 

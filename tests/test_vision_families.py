@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from benchmarks.random_model import published_config
 from export.external import ExternalData
 from export.vision_graph import VisionSizes, write_vision
 from export.vision_qwen3 import learned_positions
@@ -62,6 +63,32 @@ def test_features_equal_transformers(tower: tuple[Any, Path], grid: tuple[int, i
     names = [value.name for value in session.get_outputs()]
     levels = getattr(wanted, "deepstack_features", None) or []
     assert names == ["image_features", *(f"deepstack_{i}" for i in range(len(levels)))]
+    for ours, theirs in zip(got, [wanted.pooler_output, *levels], strict=True):
+        assert worst(ours, theirs.numpy()) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl-3B", "qwen3_vl-2B", "qwen3_vl-8B"])
+def test_features_equal_transformers_at_published_widths(name: str, tmp_path: Path) -> None:
+    """Both towers of Qwen3-VL and Qwen2.5-VL's only one, with three layers, into a narrow decoder."""
+    published = published_config(name)["vision_config"]
+    size = Small(
+        name.partition("-")[0], layers=1, vision_depth=3,
+        vision_hidden=published["hidden_size"], vision_intermediate=published["intermediate_size"],
+        vision_heads=published["num_heads"],
+    )  # fmt: skip
+    model = size.build()
+    save(model, tmp_path, shard="1GB")
+    grid, path = (3, 5), tmp_path / "vision.onnx"
+    config = json.loads((tmp_path / "config.json").read_text())
+    with ExternalData(tmp_path / "vision.data") as data:
+        image_size = pixels(size.family, grid)
+        write_vision(config, TensorFiles(tmp_path), path, image_size=image_size, data=data)
+    patches = np.random.default_rng().standard_normal((60, 6 * PATCH[size.family] ** 2)).astype(np.float32)
+    with torch.no_grad():
+        wanted = model.model.visual(torch.from_numpy(patches), grid_thw=torch.tensor([[1, 6, 10]]))
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    got = session.run(None, {"pixel_values": patches})
+    levels = getattr(wanted, "deepstack_features", None) or []
     for ours, theirs in zip(got, [wanted.pooler_output, *levels], strict=True):
         assert worst(ours, theirs.numpy()) < 1e-4
 
