@@ -152,14 +152,14 @@ def _card_line(name: str, flops: float, size: float, seconds: float) -> str:
     return f"  {name:<34}{flops / 1e9:>9.3f}{size / 1e6:>9.2f}{seconds * 1e6:>20.2f}"
 
 
-def interpreted(seed: int, part: str = "kernel_cases") -> list[dict[str, Any]]:
+def interpreted(seed: int, part: str = "kernel_cases", *options: str) -> list[dict[str, Any]]:
     """The rows of ``kernel_cases`` or ``kernel_masks`` in Triton's interpreter, in a process of its own: the
     switch works only before the import.
 
     Raises:
         KernelError: the process did not come to an end.
     """
-    command = [sys.executable, "-m", f"benchmarks.{part}", "--seed", str(seed)]
+    command = [sys.executable, "-m", f"benchmarks.{part}", "--seed", str(seed), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     if done.stderr.strip() and done.returncode not in (0, 1):
