@@ -26,7 +26,7 @@ from kernels.reference import DIRECTIONS
 FIGURES = {
     "speedup", "best_rival", "copy_bandwidth", "bandwidth_share", "image_bytes", "read_workspace_bytes",
     "copies_of_image", "masks_iou", "decode_speedup", "decoder_kernels_profiled_before",
-    "decoder_kernels_profiled_after", "failed",
+    "decoder_kernels_profiled_after",
 }  # fmt: skip
 
 
@@ -90,8 +90,9 @@ def test_the_timed_part_ends_with_every_figure(
     summary: dict[str, Any] = {}
     record: dict[str, Any] = {}
     kept: list[int] = []
-    kernel._timed(3, summary, record, lambda: kept.append(len(record.get("rows", []))))
-    assert summary["failed"] == {} and set(summary) == FIGURES
+    parts = kernel.Parts(lambda: kept.append(len(record.get("rows", []))))
+    kernel._timed(3, summary, record, parts)
+    assert parts.failed == {} and set(summary) == FIGURES
     assert summary["speedup"] == {"1": 1.0, "8": 1.0, "64": 1.0} and summary["masks_iou"] == 0.9997
     assert {row["system"] for row in record["rows"]} >= {"ours", "compiled_sdpa", "compiled_flex"}
     assert all(row["relative_error"] < 0.02 for row in record["rows"])
@@ -106,8 +107,9 @@ def test_a_part_that_fails_is_named_and_costs_no_other(gpu: None, monkeypatch: p
 
     monkeypatch.setattr(kernel_gpu, "ours", broken)
     summary: dict[str, Any] = {}
-    kernel._timed(3, summary, {}, lambda: None)
-    assert set(summary["failed"]) == {"times", "memory"} and "no kernel image" in summary["failed"]["times"]
+    parts = kernel.Parts(lambda: None)
+    kernel._timed(3, summary, {}, parts)
+    assert set(parts.failed) == {"times", "memory"} and "no kernel image" in parts.failed["times"]
     assert summary["masks_iou"] == 0.9997 and "speedup" not in summary
     assert summary["decoder_kernels_profiled_before"] == 96
 
