@@ -391,3 +391,23 @@ def test_benchmark_ends_with_one_json_line(
     errors[1]["error"] = 0.5
     assert kernel.main(["--seed", "5"]) == 9
     assert "off by more than its bound" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_torch_compile_sees_one_node_and_computes_the_same(direction: str) -> None:
+    tokens, image = torch.randn(1, 3, 5, 32), torch.randn(1, 1, 11, 32)
+    given = [tokens, torch.randn_like(tokens), image, torch.randn(11, 32)]
+    if direction == IMAGE_TO_PROMPT:
+        given = given[2:] + given[:2]
+    module, targets = Block(direction).eval(), list[str]()
+
+    def noting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with using("op"), torch.no_grad():
+        found = torch.compile(module, backend=noting, fullgraph=True)(*given)
+    assert sum("prompt_feature_attention" in target for target in targets) == 1
+    with using("off"), torch.no_grad():
+        torch.testing.assert_close(found, module(*given), rtol=1e-5, atol=1e-5)
