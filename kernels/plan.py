@@ -127,7 +127,7 @@ def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
     block_cells = 16 if wide else 32 if not folded and p.dim > 128 else 64
     if wide and not folded:
         block_tokens = min(block_tokens, MAX_TOKENS // 2)
-    warps = 4 if p.dim <= (128 if folded else 64) else 8
+    warps = 4 if p.dim <= (128 if folded or wide else 64) else 8
     return WritePlan(folded, block_cells, block_tokens, warps, 2)
 
 
