@@ -96,27 +96,30 @@ def _kernel(arguments: argparse.Namespace, words: Sequence[str]) -> int:
     record: dict[str, Any] = {}
 
     def keep() -> None:
-        # On a GPU after each part: the time there may end before the last.
         if arguments.save is not None:
             results.save(arguments.save, "kernel.py", words, described, {**record, "summary": summary})
 
+    part = Parts(keep) if on_gpu else _at_once
     errors = _on_gpu(seed) if on_gpu else interpreted(seed)
     record["errors"] = errors
     summary["max_relative_error"] = worst(errors)
     print(*error_table(errors), sep="\n", flush=True)
     good = all(value <= BOUNDS[name] for name, value in summary["max_relative_error"].items())
     # A time does not count while an error is out of its bound.
-    if on_gpu and good:
+    if isinstance(part, Parts):
+        summary["failed"] = part.failed
         keep()
-        _timed(seed, summary, record, keep)
+        if good:
+            _timed(seed, summary, record, part)
     for key, mode in (("decoder_kernels_before", "off"), ("decoder_kernels_after", "op")):
-        count = decoder_kernels(mode)
-        summary[key], record[key] = count.total, asdict(count)
+        count = part(key, partial(decoder_kernels, mode))
+        summary[key], record[key] = (count.total, asdict(count)) if count else (None, None)
     if not on_gpu:
         record["masks"] = interpreted(seed, "kernel_masks")
         summary["masks_iou"] = min(row["iou"] for row in record["masks"])
         good = good and summary["masks_iou"] >= LEAST_IOU
-    record["resources"] = rows = resources(arguments.targets or _targets(on_gpu))
+    targets = arguments.targets or _targets(on_gpu)
+    record["resources"] = rows = part("resources", partial(resources, targets)) or []
     summary["compiled"] = compiled(rows)
     print(*resource_table(rows), sep="\n", flush=True)
     keep()
@@ -129,6 +132,30 @@ def _kernel(arguments: argparse.Namespace, words: Sequence[str]) -> int:
 
 class KernelError(ParityError):
     """A kernel disagrees with its reference."""
+
+
+class Parts:
+    """Time on a GPU is scarce and may end: a part that fails is named in ``failed`` and does not cost the
+    others, and what there is by then is kept after each."""
+
+    def __init__(self, keep: Callable[[], None]) -> None:
+        self.failed: dict[str, str] = {}
+        self._keep = keep
+
+    def __call__(self, name: str, body: Callable[[], Any]) -> Any:
+        """What ``body`` returns, None where it fails."""
+        try:
+            return body()
+        except Exception as error:
+            self.failed[name] = f"{type(error).__name__}: {error}"[:300]
+            print(f"note     {name} failed: {self.failed[name]}", flush=True)
+            return None
+        finally:
+            self._keep()
+
+
+def _at_once(name: str, body: Callable[[], Any]) -> Any:
+    return body()
 
 
 def card() -> list[str]:
@@ -152,14 +179,14 @@ def _card_line(name: str, flops: float, size: float, seconds: float) -> str:
     return f"  {name:<34}{flops / 1e9:>9.3f}{size / 1e6:>9.2f}{seconds * 1e6:>20.2f}"
 
 
-def interpreted(seed: int, part: str = "kernel_cases") -> list[dict[str, Any]]:
+def interpreted(seed: int, part: str = "kernel_cases", *options: str) -> list[dict[str, Any]]:
     """The rows of ``kernel_cases`` or ``kernel_masks`` in Triton's interpreter, in a process of its own: the
     switch works only before the import.
 
     Raises:
         KernelError: the process did not come to an end.
     """
-    command = [sys.executable, "-m", f"benchmarks.{part}", "--seed", str(seed)]
+    command = [sys.executable, "-m", f"benchmarks.{part}", "--seed", str(seed), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     if done.stderr.strip() and done.returncode not in (0, 1):
@@ -250,25 +277,9 @@ def resource_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines + ["  " + "".join(f"{row[name]:>14}" for name in names) for row in rows]
 
 
-def _timed(seed: int, summary: dict[str, Any], record: dict[str, Any], keep: Callable[[], None]) -> None:
-    """Everything that needs a GPU, into `summary` and `record`; `keep` is called after each part.
-
-    Time on a GPU is scarce: a part that fails is named in ``failed`` and does not cost the others.
-    """
+def _timed(seed: int, summary: dict[str, Any], record: dict[str, Any], part: Parts) -> None:
+    """Everything that needs a GPU, into `summary` and `record`."""
     from benchmarks import kernel_gpu as gpu
-
-    failed: dict[str, str] = {}
-    summary["failed"] = failed
-
-    def part(name: str, body: Callable[[], Any]) -> Any:
-        try:
-            return body()
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}"[:300]
-            print(f"note     {name} failed: {failed[name]}", flush=True)
-            return None
-        finally:
-            keep()
 
     rows: list[gpu.Row] = []
 

@@ -64,6 +64,8 @@ def cases(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Case]:
         ragged = Problem(1, 3, True, 7, 257, 64, 2, 32, **sizes)
         own = Problem(2, 2, False, 21, 130, 64, 4, 16, **sizes)
         many = Problem(1, 2, True, 70, 100, 64, 1, 64, **sizes)
+        wide = Problem(1, 1, True, 13, 66, 256, 8, 16, **sizes)
+        single = Problem(1, 1, True, 1, 17, 64, 1, 64, **sizes)
         for direction in DIRECTIONS:
             made += [
                 Case(shipped, direction, dtype, False, True),
@@ -71,6 +73,8 @@ def cases(dtypes: Sequence[str] = tuple(DTYPES)) -> list[Case]:
                 Case(ragged, direction, dtype, True, True),
                 Case(own, direction, dtype, True, False),
                 Case(many, direction, dtype, True, False),
+                Case(wide, direction, dtype, False, True),
+                Case(single, direction, dtype, False, True),
             ]
     return made
 

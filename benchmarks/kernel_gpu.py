@@ -23,6 +23,7 @@ from kernels.op import using
 from kernels.plan import Problem
 from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE
 
+DEVICE = "cuda"
 _FLUSH = 256 << 20  # bytes: several times the second-level cache of any GPU so far
 _AHEAD = 500_000
 """Clock cycles that the GPU waits before each timed replay, about 0.3 ms: the host has queued everything by
@@ -57,8 +58,8 @@ def correctness(seed: int) -> list[dict[str, Any]]:
         for count in (1, 8)
         for direction in DIRECTIONS
     ]
-    rows = list(check_all(seed, "cuda"))
-    return rows + [check(case, seed + index, "cuda") for index, case in enumerate(full)]
+    rows = list(check_all(seed, DEVICE))
+    return rows + [check(case, seed + index, DEVICE) for index, case in enumerate(full)]
 
 
 def problem(expressions: int, itemsize: int = 2) -> Problem:
@@ -78,7 +79,7 @@ def times(counts: tuple[int, ...], seed: int, dtype: str = "bf16") -> Iterator[R
     for count in counts:
         p = problem(count)
         read, write = (
-            inputs(Case(p, d, dtype, False, True), seed + i, "cuda") for i, d in enumerate(DIRECTIONS)
+            inputs(Case(p, d, dtype, False, True), seed + i, DEVICE) for i, d in enumerate(DIRECTIONS)
         )
         with torch.no_grad():
             truth = two_way(_exact, *_arguments(read, write, torch.float64), p.heads).float()
@@ -125,7 +126,7 @@ def replay(body: Callable[[], object], repeats: int = 50) -> tuple[Spread, Sprea
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         body()
-    scratch = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
+    scratch = torch.empty(_FLUSH, dtype=torch.uint8, device=DEVICE)
 
     def measured(flush: bool) -> Spread:
         seconds = []
@@ -146,7 +147,7 @@ def replay(body: Callable[[], object], repeats: int = 50) -> tuple[Spread, Sprea
 
 def copy_bandwidth(size: int = 1 << 30) -> float:
     """Bytes per second, read and written, of a plain copy."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda").zero_()
+    source = torch.empty(size, dtype=torch.uint8, device=DEVICE).zero_()
     target = torch.empty_like(source)
     warm, _ = replay(lambda: target.copy_(source), repeats=20)
     return 2.0 * size / warm.p50
@@ -180,7 +181,7 @@ def memory(counts: tuple[int, ...], seed: int) -> dict[str, int]:
     """
     found = {}
     for count in counts:
-        given = inputs(Case(problem(count), PROMPT_TO_IMAGE, "bf16", False, True), seed, "cuda")
+        given = inputs(Case(problem(count), PROMPT_TO_IMAGE, "bf16", False, True), seed, DEVICE)
         call: dict[str, Any] = {"direction": PROMPT_TO_IMAGE, "heads": problem(count).heads}
         with torch.no_grad():
             out = ours(*given.sides, given.weights, **call)  # compiled before memory is counted
@@ -230,8 +231,8 @@ def profiled_launches(mode: str) -> int:
 
 def masks_agree(seed: int, dtype: str = "fp16", most: int = 8) -> tuple[float, float]:
     """Least mask IoU of the segmenter with kernels on and off, and the ratio of their times (off / on)."""
-    found = agreement(seed, dtype, "cuda", most)
-    drawing, spent = Drawing(seed, "cuda", DTYPES[dtype], most), {}
+    found = agreement(seed, dtype, DEVICE, most)
+    drawing, spent = Drawing(seed, DEVICE, DTYPES[dtype], most), {}
     with torch.no_grad():
         for mode in ("off", "auto"):
             with using(mode):

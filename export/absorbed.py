@@ -5,6 +5,10 @@ all of them would cost most of the decoder. With W the projection of the cells f
 own projection, (W c) . t = c . (W^T t): the few tokens take the projection over, and the cells are multiplied
 with them as they are. In the same way a weighted sum of cells is projected after the sum. Exact but for
 rounding; the modules that are trained, and the torch reference, keep the plain form.
+
+In a file these steps are no ``ppcr::PromptFeatureAttention``: a function's body is one order of products,
+and theirs is another. The function, and with it the attention plugin, is left where an image's cells are
+shared by all prompts and projected once: the first reading of the first block.
 """
 
 from __future__ import annotations

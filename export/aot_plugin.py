@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import GenericAlias
 from typing import Any
 
 import onnx
@@ -221,7 +222,7 @@ def _define(trt: Any, name: str, inputs: int, outputs: int) -> None:
         return kernel.entry, kernel.assembly, launch, numbers
 
     tensors = {f"tensor_{index}": plugin.TensorDesc for index in range(inputs)}
-    written = tuple[(plugin.TensorDesc,) * outputs]  # type: ignore[misc]
+    written = GenericAlias(tuple, (plugin.TensorDesc,) * outputs)
     describe_as = _signature({**tensors, _STEP: str}, written if outputs > 1 else plugin.TensorDesc)
     answer = tuple[str, str, plugin.KernelLaunchParams, plugin.SymIntExprs]
     compile_as = _signature({**tensors, _STEP: str, "outputs": written, "tactic": int}, answer)

@@ -127,8 +127,8 @@ def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
     block_cells = 16 if wide else 32 if not folded and p.dim > 128 else 64
     if wide and not folded:
         block_tokens = min(block_tokens, MAX_TOKENS // 2)
-    warps = 4 if p.dim <= (128 if folded else 64) else 8
-    return WritePlan(folded, block_cells, block_tokens, warps, 1 if wide and not folded else 2)
+    warps = 4 if p.dim <= (128 if folded or wide else 64) else 8
+    return WritePlan(folded, block_cells, block_tokens, warps, 2)
 
 
 def tile(count: int, *, most: int) -> int:
@@ -205,7 +205,8 @@ def write_variants(
 
 def _fold(p: Problem, mask: bool, *, values: bool) -> Variant:
     sizes = {"H": p.heads, "D": p.head_dim, "C": p.dim, "BT": TOKEN_BLOCK, "BK": columns(p.dim, p.itemsize)}
-    return Variant("fold_tokens", sizes | {"HAS_MASK": mask, "HAS_VALUES": values})
+    constants = sizes | {"HAS_MASK": mask, "HAS_VALUES": values}
+    return Variant("fold_tokens", constants, stages=1 if p.itemsize == 4 else 2)
 
 
 def token_variants(tokens: int, dim: int, heads: int, hidden: int, itemsize: int) -> dict[str, Variant]:

@@ -103,6 +103,10 @@ class Logger:
         pass
 
 
+class FieldType(Enum):
+    UNKNOWN, CHAR, INT8, INT16, INT32, INT64, FLOAT16, FLOAT32, FLOAT64 = range(9)
+
+
 class Request(IntEnum):
     UNKNOWN, PREFER_JIT, PREFER_AOT, STRICT_JIT, STRICT_AOT = range(5)
 
@@ -120,9 +124,7 @@ def _library() -> ModuleType:
     made.float32, made.int32 = DataType.FLOAT, DataType.INT32
     made.PluginTensorDesc = made.DynamicPluginTensorDesc = TensorDescription
     made.PluginField, made.PluginFieldCollection = Field, list
-    made.PluginFieldType = Enum(
-        "PluginFieldType", "UNKNOWN CHAR INT8 INT16 INT32 INT64 FLOAT16 FLOAT32 FLOAT64"
-    )
+    made.PluginFieldType = FieldType
     made.PluginArgType, made.PluginArgDataType = SimpleNamespace(INT="INT"), SimpleNamespace(INT32="INT32")
     made.TensorFormat, made.TensorRTPhase = SimpleNamespace(LINEAR="LINEAR"), SimpleNamespace(BUILD="BUILD")
     made.Dims = type("Dims", (tuple,), {"MAX_DIMS": 8})
@@ -138,7 +140,7 @@ def installed() -> Iterator[Any]:
     if found is None or not found.submodule_search_locations:
         raise ImportError("NVIDIA's bindings of TensorRT 11 are not installed")
     folder = Path(found.submodule_search_locations[0]) / "plugin"
-    library = _library()
+    library: Any = _library()
     library.__path__ = [str(folder.parent)]
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == NAME}
     with mock.patch.dict(sys.modules, {NAME: library}):

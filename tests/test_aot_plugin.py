@@ -10,6 +10,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -18,7 +19,7 @@ from onnx import TensorProto
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from export import aot_plugin
+from export import aot_plugin, engine_job
 from export.aot_plugin import AotKernel, chain, replace_attentions, without_parameters
 from export.attention_function import attention_nodes, attention_shapes
 from export.attention_plugin import Attention, attentions
@@ -167,3 +168,41 @@ def ask(library: Any, node: onnx.NodeProto, inputs: list[Any]) -> Any:
     grid = {f"grid_{axis}": getattr(launch, f"grid_{axis}") for axis in "xyz"}
     told = {**grid, "block_x": launch.block_x, "shared_mem": launch.shared_mem}
     return [(o.shape_expr, o.dtype) for o in outputs], told, list(numbers), (entry, assembly.encode())
+
+
+class Parser:
+    """`OnnxParser` as far as a plugin is attached to it."""
+
+    def __init__(self) -> None:
+        self.flags: list[Any] = []
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags.append(flag)
+
+
+@pytest.mark.parametrize("limit", [aot_plugin.SHARED_LIMIT, 1])
+def test_a_build_takes_them_where_the_library_has_them_and_the_kernels_fit(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aot_plugin._known.cache_clear()
+    aot_plugin._define.cache_clear()
+    monkeypatch.setattr(aot_plugin, "SHARED_LIMIT", limit)
+    known: list[dict[str, Any]] = []
+    monkeypatch.setattr(engine_job, "register", lambda trt, packages: known.append(packages))
+    model, _ = graph(PROMPT_TO_IMAGE, True, seed=4)
+    shapes = attention_shapes(model)
+    at_precision(model, "fp16")
+    job = engine_job.Job(
+        source="", engine="", target="sm_90", precision="fp16", profiles=({"N": (1, 4, 64)},)
+    )
+    parser = Parser()
+    with fake.stand_in() as library:
+        library.OnnxParserFlag = SimpleNamespace(ENABLE_PLUGIN_OVERRIDE=3)
+        engine_job._attach_plugin(library, parser, job, model, shapes)
+        kernels = list(aot_plugin._known(library).values())
+    if limit > 1:
+        assert [kernel.entry for kernel in kernels] == ["fold_tokens", "read_folded", "merge"]
+        assert not known and not parser.flags and not list(attention_nodes(model))
+    else:
+        assert not kernels and list(known[0]) == ["layer"] and parser.flags == [3]
+        assert len(list(attention_nodes(model))) == 1

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernel
 from benchmarks.kernel import SAM, SAM_LONG, SHIPPED, card, interpreted, variants, worst
 from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
 from benchmarks.kernel_count import Count, decoder_kernels
 from benchmarks.kernel_floor import floor_of
+from benchmarks.kernel_masks import LEAST_IOU
 from kernels.op import prompt_feature_attention, using
 from kernels.plan import (
     Problem,
@@ -24,7 +30,6 @@ from kernels.plan import (
     most_tokens,
     plan_read,
     plan_write,
-    read_variants,
     tile,
 )
 from kernels.reference import DIRECTIONS, IMAGE_TO_PROMPT, PROMPT_TO_IMAGE, Weights, attend_and_norm
@@ -149,41 +154,74 @@ def test_worst_sees_what_is_not_a_number() -> None:
     assert torch.ones(2).isfinite().all()
 
 
-ALL_KERNELS = {
-    "attend_tokens", "mlp_tokens", "fold_tokens", "read_folded", "read_heads", "merge", "write_folded",
-    "write_heads",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("dtype", "capability"), [("fp16", 80), ("fp16", 90), ("fp16", 120), ("bf16", 90)], ids=str
-)
-def test_kernels_compile_without_spills_for(dtype: str, capability: int) -> None:
+def test_interpreter_multiplies_fp32_as_the_hardware_does() -> None:
+    """Three TF32 products are a thousand times better than one, and no better than fp32 itself."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    from kernels.compiled import SHARED_LIMIT, compile_variant
-
-    forms = {
-        (v.kernel, v.constants.get("HAS_VALUES")): v
-        for _, v in variants((SHIPPED, replace(SHIPPED, tokens=133)), masks=(False,))
-    }
-    assert {name for name, _ in forms} == ALL_KERNELS
-    for variant in forms.values():
-        found = compile_variant(variant, dtype, capability)
-        assert found.target.startswith(f"sm_{capability}") and found.dtype == dtype, found
-        assert found.stack == found.local == 0, found
-        assert 0 < found.shared <= SHARED_LIMIT[capability], found
-        assert 0 < found.registers <= 255 and found.tensor_core > 0, found
+    command = [sys.executable, "-c", PRODUCTS]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=kernel.ROOT, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    one, three = json.loads(done.stdout)
+    assert 1e-4 < one < 1e-3 and 1e-8 < three < 1e-6
 
 
-def test_exact_products_compile_without_tensor_cores() -> None:
-    """fp32 is multiplied exactly, not as TF32; the smallest kernel shows it in seconds."""
+PRODUCTS = """
+import json
+import torch
+import triton
+import triton.language as tl
+from kernels.tiles import _tf32, dot
+
+@triton.jit
+def products(p_a, p_b, p_one, p_three, S: tl.constexpr):
+    i = tl.arange(0, S)
+    at = i[:, None] * S + i[None, :]
+    a, b = tl.load(p_a + at), tl.load(p_b + at)
+    tl.store(p_one + at, tl.dot(_tf32(a), _tf32(b)))
+    tl.store(p_three + at, dot(a, b))
+
+a, b = torch.randn(64, 64), torch.randn(64, 64)
+one, three = torch.empty(64, 64), torch.empty(64, 64)
+products[(1,)](a, b, one, three, 64)
+exact = a.double() @ b.double()
+print(json.dumps([float((found - exact).norm() / exact.norm()) for found in (one, three)]))
+"""
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "heads"])
+def test_no_tensor_repeats_the_image(direction: str, folded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With K expressions of one image nothing but the answer is K images large; kernels are left out."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    from kernels.compiled import compile_variant
+    from kernels import launch
 
-    problem = replace(SHIPPED, itemsize=4)
-    fold = read_variants(problem, plan_read(problem, folded=True))["fold"]
-    found = compile_variant(fold, "fp32", 90)
-    assert found.tensor_core == found.stack == found.local == 0 and found.dtype == "fp32"
+    monkeypatch.setattr(launch, "KERNELS", defaultdict(lambda: defaultdict(lambda: lambda *a, **k: None)))
+    sizes = {}
+    for count in (2, 16):
+        case = Case(Problem(1, count, True, 5, 4096, 64, 4, 16, 4), direction, "fp32", False, folded)
+        given = inputs(case, seed=3)
+        with Allocations() as made:
+            launch.run(*given.sides, given.weights, direction=direction, heads=4, eps=1e-5, plan=case.plan())
+        *others, largest = sorted(made.sizes)
+        if direction == IMAGE_TO_PROMPT:
+            assert largest == count * 4096 * 64
+            largest = others[-1]
+        sizes[count] = largest
+    assert sizes[16] < 16 * 4096 * 64 / 4 and sizes[16] - sizes[2] < 14 * 4096 * 64 / 8
+
+
+class Allocations(TorchDispatchMode):
+    """Notes how many elements each new tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not func.is_view:
+            self.sizes.append(out.numel())
+        return out
 
 
 def test_wide_tokens_attend_in_smaller_tiles() -> None:
@@ -268,6 +306,14 @@ def test_export_sees_the_op_where_it_is_used(mode: str) -> None:
 # --- the decoder
 
 
+def test_shipped_segmenter_draws_the_same_masks_with_the_kernels() -> None:
+    """In Triton's interpreter, on a scene of its own each time; masks of which the true ones are some."""
+    pytest.importorskip("triton", reason="the kernels are written in Triton")
+    (row,) = interpreted(torch.seed() % 2**31, "kernel_masks", "--dtypes", "fp16")
+    assert row["iou"] >= LEAST_IOU and row["objects"] > 0, row
+    assert row["truth_iou"] > 0.3, row
+
+
 @torch.no_grad()
 def test_segmenter_is_the_same_with_the_op_and_without() -> None:
     torch.manual_seed(torch.seed() % 2**31)
@@ -327,7 +373,8 @@ def test_benchmark_ends_with_one_json_line(
     errors = [{"case": name, "dtype": name, "error": 1e-7, "torch_error": 1e-7} for name in BOUNDS]
     found = {"kernel": "merge", "dim": 128, "capability": 90, "target": "sm_90a", "dtype": "fp16"}
     found |= {"registers": 90, "stack": 0, "local": 0, "shared": 4096, "tensor_core": 8}
-    monkeypatch.setattr(kernel, "interpreted", lambda seed: errors)
+    parts = {"kernel_cases": errors, "kernel_masks": [{"dtype": "fp16", "iou": 0.9995}]}
+    monkeypatch.setattr(kernel, "interpreted", lambda seed, part="kernel_cases": parts[part])
     monkeypatch.setattr(kernel, "resources", lambda targets: [found])
     monkeypatch.setattr(kernel, "decoder_kernels", lambda mode: Count(30 if mode == "off" else 3, 4, 0, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -337,6 +384,30 @@ def test_benchmark_ends_with_one_json_line(
     assert summary["decoder_kernels_before"] == 34 and summary["decoder_kernels_after"] == 7
     assert summary["max_relative_error"] == dict.fromkeys(BOUNDS, 1e-7) and not summary["timed"]
     assert summary["compiled"]["sm_90"]["spilled"] == 0 and "not yet timed" in told
+    assert summary["masks_iou"] == 0.9995
+    parts["kernel_masks"][0]["iou"] = 0.99
+    assert kernel.main(["--seed", "5"]) == 9
+    assert "masks_iou" in capsys.readouterr().err
     errors[1]["error"] = 0.5
     assert kernel.main(["--seed", "5"]) == 9
     assert "off by more than its bound" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_torch_compile_sees_one_node_and_computes_the_same(direction: str) -> None:
+    tokens, image = torch.randn(1, 3, 5, 32), torch.randn(1, 1, 11, 32)
+    given = [tokens, torch.randn_like(tokens), image, torch.randn(11, 32)]
+    if direction == IMAGE_TO_PROMPT:
+        given = given[2:] + given[:2]
+    module, targets = Block(direction).eval(), list[str]()
+
+    def noting(graph: torch.fx.GraphModule, _: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with using("op"), torch.no_grad():
+        found = torch.compile(module, backend=noting, fullgraph=True)(*given)
+    assert sum("prompt_feature_attention" in target for target in targets) == 1
+    with using("off"), torch.no_grad():
+        torch.testing.assert_close(found, module(*given), rtol=1e-5, atol=1e-5)
