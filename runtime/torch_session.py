@@ -4,12 +4,13 @@ It reads the checkpoint that the bundle was made from, whose hash the manifest h
 torch needs modules. Tokenizer, preprocessing and sizes are the bundle's. The vision tower is the stock one,
 the decoder `runtime.torch_decoder`, the segmenter `ppcr.model`'s, which runs the kernels of ``kernels/`` on a
 GPU. Executed on the CPU, where tests hold it to the reference; the CUDA graph is built, but not executed.
+Blocks of several conversations (`TorchBranches`) differ from call to call and are no CUDA graph.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ppcr.manifest import Manifest
 from ppcr.model.checkpoint import load_mllm
 from ppcr.model.prompt_encoder import Prompts as TensorPrompts
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
+from runtime.branches import Block, Layout
 from runtime.bundle import AUTO, Bundle
 from runtime.engine_checks import find_checkpoint
 from runtime.positions import make_tables
@@ -190,6 +192,30 @@ class TorchMLLM:
             ids = self._ids(token_ids)
             return _array(slot.block(ids, start, self._ids(places) if places else None, features))
 
+    @at_work
+    def branch(self, slot: TorchSlot, length: int, count: int) -> TorchBranches:
+        """``count`` conversations that begin with the first ``length`` tokens of a slot's."""
+        with self._lock:
+            trunk = slot.snapshot(length)
+        return TorchBranches(self, trunk, slot.tables, count)
+
+    @at_work
+    def run_branches(self, block: Block, cache: Tensor, tables: DeviceTables) -> tuple[Float32Array, Tensor]:
+        """A block of branches; logits f32 [n, vocabulary], and the cache, made larger if need be."""
+        if self._image_token in block.ids:
+            raise ValueError("image tokens belong to what all branches begin with")
+        with self._lock:
+            slots = block.mask.shape[1]
+            if cache.shape[3] != slots:
+                held, cache = cache, self._decoder.cache(slots)
+                cache[:, :, :, : block.start] = held[:, :, :, : block.start]
+            ids, at, mask, last = (
+                torch.from_numpy(part).to(cache.device)
+                for part in (block.ids, block.positions, block.mask, block.last)
+            )
+            logits = self._decoder.run_branches(ids, at, block.start, mask, last, cache, tables)
+            return _array(logits.cpu()), cache
+
     def release(self, slot: TorchSlot) -> None:
         """A conversation ended: the next may have its cache."""
         self._free.append(slot)
@@ -255,8 +281,35 @@ class TorchContext:
             raise ValueError(f"cannot truncate a context of {self._length} tokens to {length}")
         self._length = length
 
+    @property
+    def can_branch(self) -> bool:
+        """Whether several conversations can go on from here at once: always."""
+        return True
+
+    def branch(self, count: int) -> TorchBranches:
+        """``count`` conversations that begin with what this one holds, on a cache of their own."""
+        return self._session.branch(self._slot, self._length, count)
+
     def __del__(self) -> None:
         self._session.release(self._slot)
+
+
+class TorchBranches:
+    """`runtime.session.Branches` on a cache of its own, which grows with what is said."""
+
+    def __init__(self, session: TorchMLLM, trunk: Tensor, tables: DeviceTables, count: int) -> None:
+        self._session, self._cache, self._tables = session, trunk, tables
+        self._layout = Layout(count, trunk.shape[3], len(tables.cos))
+
+    def length(self, branch: int) -> int:
+        """Tokens of a branch, the image's and all before it included."""
+        return self._layout.length(branch)
+
+    def extend(self, parts: Mapping[int, Sequence[int]]) -> Float32Array:
+        """Read on in some branches; logits f32 [n, vocabulary] after each part, in their order."""
+        block = self._layout.place(parts)
+        logits, self._cache = self._session.run_branches(block, self._cache, self._tables)
+        return logits
 
 
 class TorchSegmenter:

@@ -17,7 +17,7 @@ from ppcr.errors import UsageError
 from ppcr.manifest import ROLES, Manifest
 from tests.roundings import HALF, allowed, error, products_in_a_row
 
-SIZES = {"B": 1, "S": 7, "N": 3, "T": 5}
+SIZES = {"W": 1, "B": 1, "S": 7, "N": 3, "T": 5}
 
 
 def graph(bundle: Path, role: str) -> onnx.ModelProto:
