@@ -122,7 +122,6 @@ def make_job(
     carried: tuple[str, ...] = ()
     fixed = {"B": 1} if role == "image_encoder" else {}  # the session encodes one image at a time
     if role == "decoder":
-        # The session reads one conversation at a time.
         fixed = {} if typed else {"L": manifest.shapes.max_length, "W": 1}
         layers = range(manifest.shapes.layers)
         carried = tuple(f"{k}_cache{out}_{i}" for i in layers for k in "kv" for out in ("", "_out"))
@@ -150,7 +149,9 @@ def profiles(role: str, shapes: Shapes) -> tuple[dict[str, Range], ...]:
     """Optimization profiles: the decoder's first is the single token, its second is a block of any length."""
     if role == "decoder":
         most = shapes.max_length
-        return {"S": (1, 1, 1)}, {"S": (1, min(_USUAL_BLOCK, most), most)}
+        # One conversation at a time on a whole cache, also where the graph leaves both to the host.
+        common = {"L": (most, most, most), "W": (1, 1, 1)}
+        return {"S": (1, 1, 1), **common}, {"S": (1, min(_USUAL_BLOCK, most), most), **common}
     if role == "mask_decoder":
         text = (1, min(_USUAL_TEXT, shapes.max_text), shapes.max_text)
         return ({"N": (1, _USUAL_PROMPTS, MAX_PROMPTS), "T": text},)

@@ -12,11 +12,14 @@ from runtime.session import Float32Array, Prompts
 # Features of one image stay in onnxruntime's own memory between encoder and decoder.
 SegmenterFeatures = dict[str, Value]
 MASK_PIXELS = 1 << 20
-"""Pixels of mask logits drawn at once: 16 masks of SAM's, 64 of ppcr-tiny's."""
+"""Pixels of mask logits drawn at once, at most: 16 masks of SAM's, 64 of ppcr-tiny's."""
 
 
 class OnnxSegmenter:
     """`runtime.session.SegmenterSession`. Threads may share it."""
+
+    most_at_once = 4
+    """Masks drawn at once: the cells of a few stay in a processor's cache, those of many do not."""
 
     def __init__(self, image_encoder: Session, mask_decoder: Session) -> None:
         self._encoder, self._decoder = image_encoder, mask_decoder
@@ -24,7 +27,7 @@ class OnnxSegmenter:
         self._encoded = [output.name for output in image_encoder.get_outputs()]
         # Upscaled cells of one mask take megabytes: many masks are drawn a part at a time.
         height, width = (side for side in mask_decoder.get_outputs()[0].shape[1:])
-        self._most = max(1, MASK_PIXELS // (height * width))
+        self._most = max(1, min(self.most_at_once, MASK_PIXELS // (height * width)))
         wanted = {value.name for value in mask_decoder.get_inputs()}
         if not set(self._encoded) <= wanted:
             raise BundleError(f"the mask decoder does not take what the image encoder gives: {REBUILD}")
