@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +80,8 @@ def test_what_begins_alike_is_read_once() -> None:
 
 def test_parts_that_do_not_fit_are_refused_and_change_nothing() -> None:
     layout = Layout(2, 4, 6)
-    for wrong in ({}, {0: []}, {0: [1], 1: [1, 2, 3]}):
+    refused: list[dict[int, list[int]]] = [{}, {0: []}, {0: [1], 1: [1, 2, 3]}]
+    for wrong in refused:
         with pytest.raises(ValueError):
             layout.place(wrong)
     assert layout.length(0) == 4 and layout.place({0: [1, 2]}).start == 4
@@ -130,8 +132,6 @@ class _TorchSession(TorchMLLM):
     """The torch session over a decoder alone."""
 
     def __init__(self, model: Any, shapes: Shapes) -> None:
-        import threading
-
         self._decoder, self._image_token = TorchDecoder(model, shapes), IMAGE
         self._like, self._lock, self._free = self._decoder.table[:0], threading.Lock(), []
 
@@ -155,8 +155,9 @@ engines = pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
 def test_logits_of_every_branch_are_those_of_a_conversation_of_its_own(model: Model, engine: str) -> None:
     rng, count = np.random.default_rng(1), 5
     context = model.open(engine)
-    assert isinstance(context, BranchingContext) and context.can_branch
-    branches = context.branch(count)
+    branching: BranchingContext = context
+    assert isinstance(branching, BranchingContext) and branching.can_branch
+    branches = branching.branch(count)
     texts: list[list[int]] = [[] for _ in range(count)]
     for call in range(12):
         # Lengths from nothing to many; in the first call two begin alike and two are the same.
@@ -185,7 +186,8 @@ def test_logits_of_every_branch_are_those_of_a_conversation_of_its_own(model: Mo
 @engines
 def test_images_and_too_much_text_are_refused(model: Model, engine: str) -> None:
     branches = model.open(engine).branch(2)
-    for wrong in ({0: [IMAGE]}, {1: [9] * LIMIT}, {0: []}, {}):
+    refused: list[dict[int, list[int]]] = [{0: [IMAGE]}, {1: [9] * LIMIT}, {0: []}, {}]
+    for wrong in refused:
         with pytest.raises(ValueError):
             branches.extend(wrong)
 
