@@ -10,7 +10,7 @@ Blocks of several conversations (`TorchBranches`) differ from call to call and a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ from ppcr.manifest import Manifest
 from ppcr.model.checkpoint import load_mllm
 from ppcr.model.prompt_encoder import Prompts as TensorPrompts
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
-from runtime.branches import Block, Layout
+from runtime.branches import Block
 from runtime.bundle import AUTO, Bundle
 from runtime.engine_checks import find_checkpoint
 from runtime.positions import make_tables
 from runtime.session import Float32Array, Prompts, Sessions
+from runtime.torch_branches import TorchBranches
 from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
 from runtime.torch_device import DTYPES, at_work, choose_device, require_room
 
@@ -292,24 +293,6 @@ class TorchContext:
 
     def __del__(self) -> None:
         self._session.release(self._slot)
-
-
-class TorchBranches:
-    """`runtime.session.Branches` on a cache of its own, which grows with what is said."""
-
-    def __init__(self, session: TorchMLLM, trunk: Tensor, tables: DeviceTables, count: int) -> None:
-        self._session, self._cache, self._tables = session, trunk, tables
-        self._layout = Layout(count, trunk.shape[3], len(tables.cos))
-
-    def length(self, branch: int) -> int:
-        """Tokens of a branch, the image's and all before it included."""
-        return self._layout.length(branch)
-
-    def extend(self, parts: Mapping[int, Sequence[int]]) -> Float32Array:
-        """Read on in some branches; logits f32 [n, vocabulary] after each part, in their order."""
-        block = self._layout.place(parts)
-        logits, self._cache = self._session.run_branches(block, self._cache, self._tables)
-        return logits
 
 
 class TorchSegmenter:
