@@ -14,14 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.examples import examples
 from export.decoder_graph import DecoderSizes, write_decoder
 from ppcr.constraint import Choice, Constraint, Free, Literal
 from ppcr.manifest import Shapes
 from ppcr.tensors import TensorFiles
 from runtime.branches import Layout
 from runtime.generation import Turn, generate
+from runtime.onnxruntime_branches import OnnxBranches
 from runtime.onnxruntime_library import open_graph
 from runtime.onnxruntime_session import OnnxContext
+from runtime.pipeline import Pipeline
 from runtime.positions import Rotary, make_tables
 from runtime.session import Branches, BranchingContext
 from runtime.side_by_side import Ask, Conversation, converse
@@ -30,6 +33,7 @@ from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
 from runtime.torch_session import TorchContext, TorchMLLM
 from tests import families
 from tests.families import FAMILIES, IMAGE, Small
+from tests.scripted import assert_same
 
 GRID, LIMIT = (2, 3), 200
 TRUNK = [7, 1, *[IMAGE] * 6, 2]
@@ -269,6 +273,25 @@ def test_answers_are_those_of_one_at_a_time(model: Model, engine: str, count: in
     assert len(branches.calls) == max(sum(t.forward_calls for t in row) for row in turns)
     if count == 16:
         assert len({len(row) for row in turns}) == 2  # some stopped after the first turn
+
+
+def test_scenes_expressions_of_all_kinds_have_the_masks_they_have_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[int]()
+    original = OnnxBranches.extend
+    monkeypatch.setattr(
+        OnnxBranches, "extend", lambda self, told: (calls.append(len(told)), original(self, told))[1]
+    )
+    counts = set[int]()
+    with Pipeline.load(bundle, engine="onnxruntime", threads=1) as pipeline:
+        for scene in examples("test", range(300, 303), expressions=16):
+            texts = [expression.text for expression in scene.expressions]
+            opened = pipeline.open(scene.image)
+            for text, together in zip(texts, opened.segment_many(texts), strict=True):
+                assert_same(together, pipeline.open(scene.image).segment(text))
+                counts.add(together.semantic.count)
+    assert {0, 1, 2} <= counts and max(calls) == 16 and min(calls) == 1
 
 
 class Watched:
