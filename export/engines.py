@@ -209,7 +209,9 @@ def profiles(role: str, shapes: Shapes) -> tuple[dict[str, Range], ...]:
     """Optimization profiles: the decoder's first is the single token, its second is a block of any length."""
     if role == "decoder":
         most = shapes.max_length
-        return {"S": (1, 1, 1)}, {"S": (1, min(_USUAL_BLOCK, most), most)}
+        # One conversation at a time on a whole cache, also where the graph leaves both to the host.
+        common = {"L": (most, most, most), "W": (1, 1, 1)}
+        return {"S": (1, 1, 1), **common}, {"S": (1, min(_USUAL_BLOCK, most), most), **common}
     if role == "mask_decoder":
         text = (1, min(_USUAL_TEXT, shapes.max_text), shapes.max_text)
         return ({"N": (1, _USUAL_PROMPTS, MAX_PROMPTS), "T": text},)

@@ -1,9 +1,10 @@
-"""Conversations that go on side by side from one image, in one KV cache: where each token stands, what it sees.
+"""Conversations side by side in one KV cache: where each token stands, and what it sees.
 
-The cache's first slots hold the trunk, what all branches begin with: the system turn and the image. Behind it
-every token that is read takes the next slot, of whichever branch it is; the attention mask gives each token
-the trunk and its own branch, and its position counts these alone. So the image's keys and values are held
-once, nothing is padded, and one forward call reads for as many branches as have something to say.
+They go on from one image. The cache's first slots hold the trunk, what all branches begin with: the system
+turn and the image. Behind it every token that is read takes the next slot, of whichever branch it is; the
+attention mask gives each token the trunk and its own branch, and its position counts these alone. So the
+image's keys and values are held once, nothing is padded, and one forward call reads for as many branches as
+have something to say.
 
 What branches have in common they read together: a token whose whole past is that of another one shares its
 slot. Questions often begin alike, and the same question asked twice costs nothing more.
@@ -46,7 +47,11 @@ class Block:
 
 
 class Layout:
-    """Who stands where. ``count`` branches on a trunk of ``trunk`` tokens, each of ``limit`` tokens at most."""
+    """Who stands where.
+
+    Args:
+        count: of branches. trunk: tokens that all begin with. limit: tokens that a branch may have in all.
+    """
 
     def __init__(self, count: int, trunk: int, limit: int) -> None:
         if count < 1:
@@ -66,7 +71,7 @@ class Layout:
     def place(self, parts: Mapping[int, Sequence[int]]) -> Block:
         """Give the next tokens of some branches, by branch, their slots.
 
-        Raises ValueError, before anything is placed, when there is nothing to read or a branch grows too long.
+        Raises ValueError, before anything is placed, when there is nothing to read or too much for a branch.
         """
         for branch, tokens in parts.items():
             if not 0 < len(tokens) <= self._limit - self._lengths[branch]:

@@ -62,8 +62,8 @@ class OnnxBranches:
         added = np.zeros((1, count, self._shapes.hidden), self._floats)
         fed = {
             "inputs_embeds": self._embedding[block.ids][None].astype(self._floats, copy=False),
-            "rope_cos": tables.cos[None, block.positions].astype(self._floats, copy=False),
-            "rope_sin": tables.sin[None, block.positions].astype(self._floats, copy=False),
+            "rope_cos": tables.cos[block.positions][None].astype(self._floats, copy=False),
+            "rope_sin": tables.sin[block.positions][None].astype(self._floats, copy=False),
             "write_indices": np.asarray([block.start], np.int64),
             "attn_mask": block.mask[None, None],
             "logits_index": block.last,

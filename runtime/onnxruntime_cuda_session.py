@@ -240,6 +240,9 @@ class BoundContext:
 class BoundSegmenter(OnnxSegmenter):
     """`runtime.session.SegmenterSession`; an image's features stay on the device. Threads may share it."""
 
+    most_at_once = 64
+    """A GPU has work for many masks at a time; `MASK_PIXELS` bounds their memory."""
+
     def __init__(self, image_encoder: Any, mask_decoder: Any, device: str) -> None:
         super().__init__(image_encoder, mask_decoder)
         self._device = device

@@ -19,13 +19,16 @@ memory slower."""
 class OnnxSegmenter:
     """`runtime.session.SegmenterSession`. Threads may share it."""
 
+    most_at_once = 4
+    """Masks drawn at once: the cells of a few stay in a processor's cache, those of many do not."""
+
     def __init__(self, image_encoder: Session, mask_decoder: Session) -> None:
         self._encoder, self._decoder = image_encoder, mask_decoder
         # Families differ in what they keep of an image: SAM 2 and ppcr-tiny add finer features.
         self._encoded = [output.name for output in image_encoder.get_outputs()]
         # Upscaled cells of one mask take megabytes: many masks are drawn a part at a time.
         height, width = (side for side in mask_decoder.get_outputs()[0].shape[1:])
-        self._most = max(1, MASK_PIXELS // (height * width))
+        self._most = max(1, min(self.most_at_once, MASK_PIXELS // (height * width)))
         wanted = {value.name for value in mask_decoder.get_inputs()}
         if not set(self._encoded) <= wanted:
             raise BundleError(f"the mask decoder does not take what the image encoder gives: {REBUILD}")

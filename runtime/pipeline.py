@@ -164,9 +164,9 @@ class Scene:
     def segment_many(self, expressions: Sequence[str]) -> list[Result]:
         """As `segment` for each expression, all of them at once.
 
-        Where the engine can, their stages 1 and 2 go on side by side (up to `prompter.SIDE_BY_SIDE` at a time)
-        in one KV cache that holds the image once; the masks of all are decoded as one batch. What is done for
-        several is shared out equally in their times. All expressions are checked before the first is run.
+        Where the engine can, stages 1 and 2 of up to `prompter.SIDE_BY_SIDE` of them go on side by side, in
+        one KV cache that holds the image once; the masks of all are decoded as one batch. The time of what
+        is done for several is shared out equally. All expressions are checked before the first is run.
         """
         requests = [self._request(expression, None, None) for expression in expressions]
         with self._lock:

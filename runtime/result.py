@@ -27,7 +27,12 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Costs:
-    """What the MLLM did: tokens answered, blocks run, and tokens that its cache already held at each turn."""
+    """What the MLLM did.
+
+    Attributes:
+        tokens: answered. forward_calls: blocks run, those that read for other expressions as well included.
+        reused_tokens: that its cache already held at each turn.
+    """
 
     tokens: int = 0
     forward_calls: int = 0

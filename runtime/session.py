@@ -82,8 +82,8 @@ class Branches(Protocol):
 
         parts: what each of these branches reads, by its number.
 
-        Returns the logits f32 [n, vocabulary] after each part, in their order; the array may be overwritten by
-        the next call. Raises ValueError when a part is empty, holds an image token or does not fit.
+        Returns the logits f32 [n, vocabulary] after each part, in their order; the next call may overwrite
+        the array. Raises ValueError when a part is empty, holds an image token or does not fit.
         """
         ...
 

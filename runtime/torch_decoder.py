@@ -78,13 +78,13 @@ class TorchDecoder:
             language.layers[index] = nn.Identity()  # one layer at a time is held twice
         self._eps = float(language.norm.variance_epsilon)
 
-    def cache(self) -> Tensor:
-        """A KV cache of zeros, f[layers, 2, kv_heads, length, head_dim].
+    def cache(self, length: int | None = None) -> Tensor:
+        """A KV cache of zeros, f[layers, 2, kv_heads, length, head_dim]; length: default: the bundle's.
 
         Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
         """
         s = self.shapes
-        return self.table.new_zeros(s.layers, 2, s.kv_heads, s.max_length, s.head_dim)
+        return self.table.new_zeros(s.layers, 2, s.kv_heads, length or s.max_length, s.head_dim)
 
     def run(
         self,
@@ -101,21 +101,63 @@ class TorchDecoder:
         f[1 + levels, n, hidden] stand for the tokens at ``places`` int64 [n] of the block; those of the
         levels are added after the first layers (DeepStack).
         """
+        mask = torch.arange(cache.shape[3], device=at.device) <= at.unsqueeze(1)
+        x = self._read(ids, at, at, mask, cache, tables, places, features)
+        return self._answer(x[-1])
+
+    def run_branches(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        start: int,
+        mask: Tensor,
+        last: Tensor,
+        cache: Tensor,
+        tables: DeviceTables,
+    ) -> Tensor:
+        """The tokens of a `runtime.branches.Block`; logits f32 [n, vocabulary] after those of ``last``.
+
+        ids, at: int64 [S], tokens and their positions in their own conversations; their keys and values go
+        into the cache's slots from ``start`` on. mask: bool [S, length]. last: int64 [n].
+        """
+        slots = torch.arange(start, start + len(ids), device=ids.device)
+        return self._answer(self._read(ids, at, slots, mask, cache, tables)[last])
+
+    def _read(
+        self,
+        ids: Tensor,
+        at: Tensor,
+        slots: Tensor,
+        mask: Tensor,
+        cache: Tensor,
+        tables: DeviceTables,
+        places: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states f[S, hidden] of a block after all layers."""
         x = F.embedding(ids, self.table)
         if places is not None and features is not None:
             x = x.index_copy(0, places, features[0])
         cos, sin = tables.cos[at].unsqueeze(1), tables.sin[at].unsqueeze(1)
-        mask = torch.arange(cache.shape[3], device=at.device) <= at.unsqueeze(1)
         for index, layer in enumerate(self._layers):
-            x = x + self._attend(layer, x, cache[index], at, (cos, sin), mask)
+            x = x + self._attend(layer, x, cache[index], slots, (cos, sin), mask)
             gate, up = F.linear(self._normed(layer.mlp_norm, x), *layer.gate_up).chunk(2, dim=-1)
             x = x + F.linear(F.silu(gate) * up, *layer.down)
             if places is not None and features is not None and index + 1 < len(features):
                 x = x.index_add(0, places, features[index + 1])
-        return F.linear(self._normed(self._norm, x[-1]), self._head).float()
+        return x
+
+    def _answer(self, x: Tensor) -> Tensor:
+        return F.linear(self._normed(self._norm, x), self._head).float()
 
     def _attend(
-        self, layer: _Layer, x: Tensor, cache: Tensor, at: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor
+        self,
+        layer: _Layer,
+        x: Tensor,
+        cache: Tensor,
+        slots: Tensor,
+        turn: tuple[Tensor, Tensor],
+        mask: Tensor,
     ) -> Tensor:
         s, count = self.shapes, len(x)
         y = F.linear(self._normed(layer.norm, x), *layer.qkv).unflatten(-1, (-1, s.head_dim))  # [S, all, D]
@@ -124,8 +166,8 @@ class TorchDecoder:
         if layer.head_norms is not None:
             q, k = (self._normed(norm, z) for norm, z in zip(layer.head_norms, (q, k), strict=True))
         q, k = _turned(q, *turn), _turned(k, *turn)
-        cache[0].index_copy_(1, at, k.transpose(0, 1))
-        cache[1].index_copy_(1, at, v.transpose(0, 1))
+        cache[0].index_copy_(1, slots, k.transpose(0, 1))
+        cache[1].index_copy_(1, slots, v.transpose(0, 1))
         # Queries that share keys lie under each other, as if they were of more tokens: no key is repeated.
         group = heads // s.kv_heads
         q = q.transpose(0, 1).reshape(1, s.kv_heads, group * count, s.head_dim)

@@ -4,6 +4,7 @@ It reads the checkpoint that the bundle was made from, whose hash the manifest h
 torch needs modules. Tokenizer, preprocessing and sizes are the bundle's. The vision tower is the stock one,
 the decoder `runtime.torch_decoder`, the segmenter `ppcr.model`'s, which runs the kernels of ``kernels/`` on a
 GPU. Executed on the CPU, where tests hold it to the reference; the CUDA graphs are built, but not executed.
+Blocks of several conversations (`TorchBranches`) differ from call to call and are no CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from ppcr.manifest import Manifest
 from ppcr.model.checkpoint import load_mllm
 from ppcr.model.prompt_encoder import Prompts as TensorPrompts
 from ppcr.model.segmenters import AnyFeatures, AnySegmenter, load_segmenter
+from runtime.branches import Block
 from runtime.bundle import AUTO, Bundle
 from runtime.contexts import SlotContext
 from runtime.engine_checks import find_checkpoint
 from runtime.positions import make_tables
 from runtime.session import Float32Array, Prompts, Sessions
+from runtime.torch_branches import TorchBranches
 from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
 from runtime.torch_device import DTYPES, at_work, choose_device, require_room
 from runtime.torch_graph import Recorded, record
@@ -152,7 +155,7 @@ class TorchMLLM:
         *,
         prefix: Sequence[int] = (),
         size: tuple[int, int] | None = None,
-    ) -> SlotContext[TorchSlot]:
+    ) -> TorchContext:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on.
 
         Its cache is that of a conversation that ended, or a new one.
@@ -167,7 +170,7 @@ class TorchMLLM:
             slot = fitting[-1] if fitting else self._slot(size)
             if fitting:
                 self._free.remove(slot)
-            context = SlotContext(self, slot)
+            context = TorchContext(self, slot)
             if not key:
                 return context
             # Positions of the text before an image do not depend on the image's size.
@@ -194,6 +197,30 @@ class TorchMLLM:
         with self._lock:
             ids = self._ids(token_ids)
             return _array(slot.block(ids, start, self._ids(places) if places else None, features))
+
+    @at_work
+    def branch(self, slot: TorchSlot, length: int, count: int) -> TorchBranches:
+        """``count`` conversations that begin with the first ``length`` tokens of a slot's."""
+        with self._lock:
+            trunk = slot.snapshot(length)
+        return TorchBranches(self, trunk, slot.tables, count)
+
+    @at_work
+    def run_branches(self, block: Block, cache: Tensor, tables: DeviceTables) -> tuple[Float32Array, Tensor]:
+        """A block of branches; logits f32 [n, vocabulary], and the cache, made larger if need be."""
+        if self._image_token in block.ids:
+            raise ValueError("image tokens belong to what all branches begin with")
+        with self._lock:
+            slots = block.mask.shape[1]
+            if cache.shape[3] != slots:
+                held, cache = cache, self._decoder.cache(slots)
+                cache[:, :, :, : block.start] = held[:, :, :, : block.start]
+            ids, at, mask, last = (
+                torch.from_numpy(part).to(cache.device)
+                for part in (block.ids, block.positions, block.mask, block.last)
+            )
+            logits = self._decoder.run_branches(ids, at, block.start, mask, last, cache, tables)
+            return _array(logits.cpu()), cache
 
     def release(self, slot: TorchSlot) -> None:
         """A conversation ended: the next may have its cache."""
@@ -223,6 +250,20 @@ def _features(seen: Any) -> list[Tensor]:
 def _array(logits: Tensor) -> Float32Array:
     found: Float32Array = logits.numpy()
     return found
+
+
+class TorchContext(SlotContext[TorchSlot]):
+    """A context that several conversations can go on from."""
+
+    can_branch = True
+
+    def __init__(self, session: TorchMLLM, slot: TorchSlot) -> None:
+        super().__init__(session, slot)
+        self._mllm = session
+
+    def branch(self, count: int) -> TorchBranches:
+        """``count`` conversations that begin with what this one holds, on a cache of their own."""
+        return self._mllm.branch(self._slot, self._length, count)
 
 
 class TorchSegmenter:

@@ -19,6 +19,9 @@ from ppcr.errors import EngineError, ExpressionError, ImageError, UsageError
 from ppcr.prompts import SemanticPrompt
 from runtime import Pipeline, Result
 from runtime.bundle import Bundle
+from runtime.onnxruntime_branches import OnnxBranches
+from runtime.onnxruntime_session import OnnxContext
+from runtime.prompter import SIDE_BY_SIDE
 from runtime.session import BACKENDS, load_sessions
 from runtime.timing import STAGES
 from tests import factory
@@ -96,6 +99,60 @@ def test_many_expressions_equal_one_at_a_time(pipeline: Pipeline) -> None:
     assert [result.expression for result in together] == expressions
     for result, expression in zip(together, expressions, strict=True):
         assert_same(result, pipeline.open(factory.picture(5)).segment(expression))
+
+
+PHRASES = [
+    f"{many} {size} {color} {shape}{where}"
+    for many in ("the", "all")
+    for size in ("small", "large metal")
+    for color, shape in (("red", "cube"), ("green", "sphere"), ("blue", "cone"))
+    for where in ("", " left of the gray cube", " that is not yellow")
+]
+
+
+@pytest.mark.parametrize("count", [2, 5, 16, 33])
+def test_any_number_of_expressions_equals_one_at_a_time(pipeline: Pipeline, count: int) -> None:
+    rng = np.random.default_rng(count)
+    asked = [str(text) for text in rng.choice([*PHRASES, "green"], count)]
+    asked[-1] = asked[0]  # the same one twice
+    scene, calls = pipeline.open(factory.picture(count)), list[int]()
+    alone = pipeline.open(factory.picture(count))
+    wanted = {text: alone.segment(text) for text in dict.fromkeys(asked)}
+    for first in (True, False):  # on a scene that has not read its image, and on one that has
+        together = scene.segment_many(asked)
+        assert [result.expression for result in together] == asked
+        for result in together:
+            assert_same(result, wanted[result.expression])
+            assert ("vision" in result.timings) == (first and result is together[0])
+        calls.append(sum(result.costs.forward_calls for result in together))
+    assert calls[0] == calls[1] + 1  # the image is read once
+    assert_same(scene.segment(asked[1]), wanted[asked[1]])
+
+
+def test_expressions_share_forward_calls(plain: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks: list[list[int]] = []
+    original = OnnxBranches.extend
+
+    def noted(self: OnnxBranches, parts: Any) -> Any:
+        blocks.append(list(parts))
+        return original(self, parts)
+
+    monkeypatch.setattr(OnnxBranches, "extend", noted)
+    results = plain.open(factory.picture(8)).segment_many(PHRASES[: SIDE_BY_SIDE + 3])
+    assert len(blocks[0]) == SIDE_BY_SIDE
+    groups = [results[:SIDE_BY_SIDE], results[SIDE_BY_SIDE:]]
+    longest = [max(result.costs.forward_calls for result in group) for group in groups]
+    assert len(blocks) <= sum(longest) <= len(blocks) + 1  # the first read the image, too
+
+
+def test_engines_that_read_one_at_a_time_are_asked_so(
+    plain: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plain.open(factory.picture(8)).segment_many(PHRASES[:3])
+    monkeypatch.setattr(OnnxContext, "can_branch", False)
+    monkeypatch.delattr(OnnxContext, "branch")
+    for result, before in zip(plain.open(factory.picture(8)).segment_many(PHRASES[:3]), wanted, strict=True):
+        assert_same(result, before)
 
 
 def test_threads_may_share_a_pipeline_and_a_scene(pipeline: Pipeline) -> None:

@@ -125,6 +125,7 @@ def test_the_runtime_decodes_each_image_of_a_batch(exported: Exported) -> None:
 
 def test_many_prompts_are_drawn_a_part_at_a_time(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = exported.session("image_encoder"), exported.session("mask_decoder")
+    monkeypatch.setattr(OnnxSegmenter, "most_at_once", 7)
     whole = OnnxSegmenter(*sessions)
     monkeypatch.setattr(onnxruntime_segmenter, "MASK_PIXELS", 3 * exported.segmenter.config.mask_size**2)
     parted = OnnxSegmenter(*sessions)

@@ -17,7 +17,7 @@ from ppcr.errors import UsageError
 from ppcr.manifest import ROLES, Manifest
 from tests.roundings import HALF, allowed, error, products_in_a_row
 
-SIZES = {"B": 1, "S": 7, "N": 3, "T": 5}
+SIZES = {"W": 1, "B": 1, "S": 7, "N": 3, "T": 5}
 
 
 def graph(bundle: Path, role: str) -> onnx.ModelProto:
@@ -185,7 +185,7 @@ def test_other_precisions_are_refused_with_the_reason(precision: str) -> None:
 def test_profiles_cover_what_the_runtime_feeds(bundle: Path) -> None:
     shapes = Manifest.load(bundle).shapes
     step, block = profiles("decoder", shapes)
-    assert step == {"S": (1, 1, 1)}
+    assert step == {"S": (1, 1, 1), "L": (shapes.max_length,) * 3, "W": (1, 1, 1)}
     assert block["S"][0] == 1 and block["S"][2] == shapes.max_length
     (prompts,) = profiles("mask_decoder", shapes)
     assert prompts["T"][2] == shapes.max_text and prompts["N"][2] >= 64

@@ -1,0 +1,308 @@
+"""Conversations side by side in one cache: slots, masks and positions, and the logits of each by itself."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.examples import examples
+from export.decoder_graph import DecoderSizes, write_decoder
+from ppcr.constraint import Choice, Constraint, Free, Literal
+from ppcr.manifest import Shapes
+from ppcr.tensors import TensorFiles
+from runtime.branches import Layout
+from runtime.generation import Turn, generate
+from runtime.onnxruntime_branches import OnnxBranches
+from runtime.onnxruntime_library import open_graph
+from runtime.onnxruntime_session import OnnxContext
+from runtime.pipeline import Pipeline
+from runtime.positions import Rotary, make_tables
+from runtime.session import Branches, BranchingContext
+from runtime.side_by_side import Ask, Conversation, converse
+from runtime.timing import Stopwatch
+from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
+from runtime.torch_session import TorchContext, TorchMLLM
+from tests import families
+from tests.families import FAMILIES, IMAGE, Small
+from tests.scripted import assert_same
+
+GRID, LIMIT = (2, 3), 200
+TRUNK = [7, 1, *[IMAGE] * 6, 2]
+
+
+# Where tokens stand.
+
+parts = st.lists(st.lists(st.integers(0, 3), max_size=4), min_size=1, max_size=4)
+
+
+@given(st.integers(0, 5), st.lists(parts, min_size=1, max_size=5))
+def test_every_token_sees_the_trunk_and_its_own_branch(trunk: int, calls: list[list[list[int]]]) -> None:
+    count = max(map(len, calls))
+    layout = Layout(count, trunk, 100)
+    texts: list[list[int]] = [[] for _ in range(count)]
+    stored: dict[int, tuple[int, int]] = {}  # slot -> token, position
+    for call in calls:
+        given_parts = {branch: part for branch, part in enumerate(call) if part}
+        if not given_parts:
+            continue
+        block = layout.place(given_parts)
+        stored.update(
+            {block.start + i: (int(block.ids[i]), int(block.positions[i])) for i in range(len(block.ids))}
+        )
+        assert block.mask.shape == (len(block.ids), max(block.mask.shape[1], block.end))
+        for (branch, part), last in zip(given_parts.items(), block.last, strict=True):
+            texts[branch] += part
+            seen = np.flatnonzero(block.mask[last])
+            assert seen[:trunk].tolist() == list(range(trunk)) and seen[-1] == block.start + last
+            # The slots in order of position say exactly this branch, no more and no less.
+            said = sorted((stored[slot][1], stored[slot][0]) for slot in seen[trunk:])
+            assert said == list(enumerate(texts[branch], trunk))
+            assert layout.length(branch) == trunk + len(texts[branch])
+
+
+def test_what_begins_alike_is_read_once() -> None:
+    layout = Layout(4, 3, 50)
+    block = layout.place({0: [5, 6, 7], 1: [5, 6, 8], 2: [5, 6], 3: [5, 6, 7]})
+    assert block.ids.tolist() == [5, 6, 7, 8] and block.positions.tolist() == [3, 4, 5, 5]
+    assert block.last.tolist() == [2, 3, 1, 2] and (block.start, block.end) == (3, 7)
+    # Logits of a token that an earlier call has read are asked for: it is read again, for this branch.
+    again = layout.place({2: [7]})
+    assert (again.ids.tolist(), again.positions.tolist(), again.start) == ([7], [5], 7)
+    assert np.flatnonzero(again.mask[0]).tolist() == [0, 1, 2, 3, 4, 7]
+    # Branches that said the same share what comes next, too.
+    assert layout.place({0: [9], 3: [9]}).last.tolist() == [0, 0]
+
+
+def test_parts_that_do_not_fit_are_refused_and_change_nothing() -> None:
+    layout = Layout(2, 4, 6)
+    refused: list[dict[int, list[int]]] = [{}, {0: []}, {0: [1], 1: [1, 2, 3]}]
+    for wrong in refused:
+        with pytest.raises(ValueError):
+            layout.place(wrong)
+    assert layout.length(0) == 4 and layout.place({0: [1, 2]}).start == 4
+    with pytest.raises(ValueError, match="branches"):
+        Layout(0, 4, 6)
+
+
+# Logits of each branch, on every engine that can.
+
+
+class Model:
+    """A random decoder of a family; ``open`` gives a conversation on an engine that holds the image."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        size = Small(family)
+        model = size.build()
+        families.save(model, folder)
+        config = size.config().to_dict()
+        sizes = write_decoder(config, TensorFiles(folder), folder / "decoder.onnx")
+        self.shapes = _shapes(sizes)
+        self.session = open_graph(folder / "decoder.onnx", 1)
+        self.embedding = model.get_input_embeddings().weight.detach().numpy().copy()
+        rotary = Rotary(sizes.head_dim, sizes.rope_theta, sizes.mrope_section, sizes.mrope_interleaved)
+        self.tables = make_tables(LIMIT, TRUNK.index(IMAGE), GRID, rotary)
+        rng = np.random.default_rng(5)
+        levels = (1 + sizes.deepstack, 6, sizes.hidden) if sizes.deepstack else (6, sizes.hidden)
+        self.features = rng.standard_normal(levels).astype(np.float32)
+        self.torch = _TorchSession(model, self.shapes)
+
+    def open(self, engine: str) -> Any:
+        if engine == "torch":
+            with torch.no_grad():
+                slot = TorchSlot(
+                    self.torch._decoder, DeviceTables.of(self.tables, torch.zeros(0)), graph=False
+                )
+            context: Any = TorchContext(self.torch, slot)
+            features = self.features if self.features.ndim == 3 else self.features[None]
+            context.extend(TRUNK, torch.from_numpy(features))
+            return context
+        context = OnnxContext(
+            (self.session, self.session), self.shapes, self.tables, self.embedding, IMAGE, LIMIT
+        )
+        context.extend(TRUNK, self.features)
+        return context
+
+
+class _TorchSession(TorchMLLM):
+    """The torch session over a decoder alone."""
+
+    def __init__(self, model: Any, shapes: Shapes) -> None:
+        self._decoder, self._image_token = TorchDecoder(model, shapes), IMAGE
+        self._like, self._lock, self._free = self._decoder.table[:0], threading.Lock(), []
+
+
+def _shapes(sizes: DecoderSizes) -> Any:
+    return SimpleNamespace(
+        layers=sizes.layers, kv_heads=sizes.kv_heads, head_dim=sizes.head_dim, hidden=sizes.hidden,
+        vocabulary=sizes.vocabulary, deepstack=sizes.deepstack, max_length=LIMIT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(request.param, tmp_path_factory.mktemp(request.param))
+
+
+engines = pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+
+
+@engines
+def test_logits_of_every_branch_are_those_of_a_conversation_of_its_own(model: Model, engine: str) -> None:
+    rng, count = np.random.default_rng(1), 5
+    context = model.open(engine)
+    branching: BranchingContext = context
+    assert isinstance(branching, BranchingContext) and branching.can_branch
+    branches = branching.branch(count)
+    texts: list[list[int]] = [[] for _ in range(count)]
+    for call in range(12):
+        # Lengths from nothing to many; in the first call two begin alike and two are the same.
+        given_parts = {
+            branch: rng.integers(8, 192, rng.integers(1, 9)).tolist()
+            for branch in range(count)
+            if call == 0 or rng.random() < 0.7
+        }
+        if call == 0:
+            given_parts[1] = given_parts[0][:2] + given_parts[1]
+            given_parts[4] = given_parts[3]
+        if not given_parts:
+            continue
+        logits = branches.extend(given_parts).copy()
+        for (branch, part), row in zip(given_parts.items(), logits, strict=True):
+            texts[branch] += part
+            assert branches.length(branch) == len(TRUNK) + len(texts[branch])
+            alone = model.open(engine).extend(texts[branch])
+            np.testing.assert_allclose(row, alone, atol=1e-4 * np.abs(alone).max())
+            assert row.argmax() == alone.argmax()
+    # The conversation they began with holds what it held.
+    text = [9, 30, 31]
+    np.testing.assert_allclose(context.extend(text), model.open(engine).extend(text), atol=1e-6)
+
+
+@engines
+def test_images_and_too_much_text_are_refused(model: Model, engine: str) -> None:
+    branches = model.open(engine).branch(2)
+    refused: list[dict[int, list[int]]] = [{0: [IMAGE]}, {1: [9] * LIMIT}, {0: []}, {}]
+    for wrong in refused:
+        with pytest.raises(ValueError):
+            branches.extend(wrong)
+
+
+def test_a_graph_of_one_answer_says_so(tmp_path: Path) -> None:
+    size = Small("qwen2_5_vl", layers=1)
+    families.save(size.build(), tmp_path)
+    config = size.config().to_dict()
+    sizes = write_decoder(config, TensorFiles(tmp_path), tmp_path / "fixed.onnx", max_length=64)
+    session = open_graph(tmp_path / "fixed.onnx", 1)
+    rotary = Rotary(sizes.head_dim, sizes.rope_theta, sizes.mrope_section)
+    tables = make_tables(64, 2, GRID, rotary)
+    context = OnnxContext(
+        (session, session), _shapes(sizes), tables, np.zeros((192, 128), np.float32), IMAGE, 64
+    )
+    assert not context.can_branch
+
+
+# Whole answers.
+
+
+def talk(
+    prompt: Sequence[int], kinds: Sequence[Constraint], said: list[Turn]
+) -> Conversation[tuple[int, ...]]:
+    """Turns one after the other; an answer that begins with an even token is the last, as "none" is."""
+    before: tuple[int, ...] = tuple(prompt)
+    tokens: tuple[int, ...] = ()
+    for number, constraint in enumerate(kinds):
+        turn = yield Ask("semantic", before, constraint, afresh=number == 0)
+        assert turn is not None
+        said.append(turn)
+        tokens += turn.tokens
+        before = (*turn.unread, 20, 21)
+        if turn.tokens[0] % 2 == 0:
+            break
+    return tokens
+
+
+def constraint(rng: np.random.Generator) -> Constraint:
+    """Fields of open length, forced runs and choices, in any order."""
+    makers: list[Callable[[], Any]] = [
+        lambda: Literal(tuple(rng.integers(8, 192, rng.integers(1, 4)).tolist())),
+        lambda: Choice(tuple(range(40, 140))),
+        lambda: Free(tuple(range(60, 180)), 30, int(rng.integers(1, 6))),
+    ]
+    return Constraint(tuple(makers[kind]() for kind in (1, *rng.integers(0, 3, rng.integers(1, 5)))))
+
+
+@engines
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_answers_are_those_of_one_at_a_time(model: Model, engine: str, count: int) -> None:
+    rng = np.random.default_rng(count)
+    prompts = [rng.integers(8, 192, rng.integers(1, 14)).tolist() for _ in range(count)]
+    kinds = [[constraint(rng) for _ in range(2)] for _ in range(count)]
+    if count > 4:  # the same question twice, and one that begins like another
+        prompts[3], kinds[3] = prompts[1], kinds[1]
+        prompts[4] = [*prompts[2], 77]
+    turns: list[list[Turn]] = [[] for _ in range(count)]
+    context = model.open(engine)
+    branches = Watched(context.branch(count))
+    watches, begun = [Stopwatch() for _ in range(count)], list[int]()
+    conversations = [talk(*given_talk) for given_talk in zip(prompts, kinds, turns, strict=True)]
+    answers = converse(branches, conversations, watches, lambda: begun.append(len(branches.calls)))
+    for row, (prompt, wanted) in enumerate(zip(prompts, kinds, strict=True)):
+        alone: list[Turn] = []
+        single, own = model.open(engine), talk(prompt, wanted, alone)
+        ask = next(own)
+        while True:
+            try:
+                ask = own.send(generate(single, ask.tokens, ask.constraint))
+            except StopIteration as end:
+                assert answers[row] == end.value
+                break
+        assert turns[row] == alone  # what it cost as well
+        assert sum(turn.forward_calls for turn in alone) == sum(row in call for call in branches.calls)
+        assert set(watches[row].stages) == {"semantic"}
+    assert begun == [1]
+    # One call for all that still speak: as many as the longest conversation has.
+    assert len(branches.calls) == max(sum(t.forward_calls for t in row) for row in turns)
+    if count == 16:
+        assert len({len(row) for row in turns}) == 2  # some stopped after the first turn
+
+
+def test_scenes_expressions_of_all_kinds_have_the_masks_they_have_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = list[int]()
+    original = OnnxBranches.extend
+    monkeypatch.setattr(
+        OnnxBranches, "extend", lambda self, told: (calls.append(len(told)), original(self, told))[1]
+    )
+    counts = set[int]()
+    with Pipeline.load(bundle, engine="onnxruntime", threads=1) as pipeline:
+        for scene in examples("test", range(300, 303), expressions=16):
+            texts = [expression.text for expression in scene.expressions]
+            opened = pipeline.open(scene.image)
+            for text, together in zip(texts, opened.segment_many(texts), strict=True):
+                assert_same(together, pipeline.open(scene.image).segment(text))
+                counts.add(together.semantic.count)
+    assert {0, 1, 2} <= counts and max(calls) == 16 and min(calls) == 1
+
+
+class Watched:
+    """Notes which branches each call reads for."""
+
+    def __init__(self, inner: Branches) -> None:
+        self.inner, self.calls = inner, list[list[int]]()
+
+    def length(self, branch: int) -> int:
+        return self.inner.length(branch)
+
+    def extend(self, given_parts: Any) -> Any:
+        self.calls.append(list(given_parts))
+        return self.inner.extend(given_parts)
