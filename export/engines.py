@@ -109,6 +109,11 @@ def add_engines(
             write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
             entries.append(_entry(manifest, part, job, built[role], role, precision, options))
             progress(role)
+        if ranges:
+            name = f"engines/{target}/{precision}.ranges.json"
+            (part / name).unlink(missing_ok=True)
+            write_json(part / name, ranges)
+            written.add(name)
         replaced = {(entry.target, entry.precision, entry.role) for entry in entries}
         kept = [e for e in manifest.engines if (e.target, e.precision, e.role) not in replaced]
         files = held_files(part, manifest, written)
