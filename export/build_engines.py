@@ -51,10 +51,10 @@ _HELP = {
 }
 _EPILOG = (
     "With --target: tensorrt_rtx builds for sm_80, sm_86, sm_89 and sm_120 on any machine, tensorrt for the "
-    "GPU it runs on (--target current). fp16 and bf16 are types of everything; int8 and int4 of the decoder's "
-    "weights, beside fp16; fp8 of all matrix products, by scales measured on 16 scenes, from sm_89 on. "
-    "tensorrt keeps its timings in engines/TARGET/timings.cache for the next build, tensorrt_rtx the kernels "
-    "that it finishes at the first load beside each engine. Ctrl-C leaves the bundle as it was."
+    "GPU it runs on (--target current). fp16 and bf16 are types of everything; int8 and int4 of the "
+    "decoder's weights, beside fp16; fp8 of all matrix products, by scales measured on 16 scenes, from sm_89 "
+    "on. tensorrt keeps its timings in engines/TARGET/timings.cache for the next build, tensorrt_rtx the "
+    "kernels that it finishes at the first load beside each engine. Ctrl-C leaves the bundle as it was."
 )
 
 
@@ -141,7 +141,7 @@ def _bundle(options: argparse.Namespace) -> int:
 def _engines(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from export.engines import add_engines, choose
+    from export.engines import add_engines, choose, formats_for
 
     names = options.precision or ("fp16",)
     if len(names) > 1:
@@ -149,7 +149,8 @@ def _engines(options: argparse.Namespace) -> int:
     extras = [option for option in _HELP if getattr(options, option.replace("-", "_"))]
     library, target = choose(options.target, names[0], extras)
     if not (options.output / MANIFEST).is_file():
-        options.precision = None
+        public = Checkpoint.open(options.checkpoint).config.box_convention in WRITTEN
+        options.precision = formats_for(names[0]) if public else None
         _bundle(options)
     roles = Manifest.load(options.output).engine_roles
     with tqdm(total=len(roles), unit="engine", file=sys.stderr, disable=None) as bar:

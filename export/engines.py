@@ -195,11 +195,16 @@ def source_of(manifest: Manifest, role: str, precision: str) -> str:
     for name in (*wanted, "fp32"):
         if name in manifest.precisions:
             return name
-    asked = f"fp32,{arithmetic(precision)}" if typed else "fp32"
+    asked = dict.fromkeys((*manifest.precisions, *(formats_for(precision) if typed else ("fp32",))))
     raise BundleError(
         f"this bundle holds no graph of the {role.replace('_', ' ')} to compile at {precision} (it has "
-        f"{', '.join(manifest.precisions)}): build it again with --precision {asked} added, and --force"
+        f"{', '.join(manifest.precisions)}): build it again with --force --precision {','.join(asked)}"
     )
+
+
+def formats_for(precision: str) -> tuple[str, ...]:
+    """Precisions of a bundle around a public MLLM that its engines at ``precision`` are compiled from."""
+    return ("fp32",) if precision == "fp8" else tuple(dict.fromkeys((precision, arithmetic(precision))))
 
 
 def calibrated(bundle: Path, progress: Progress) -> dict[str, dict[str, float]]:

@@ -114,7 +114,7 @@ def test_bundle_without_a_graph_to_compile_says_which_to_add(public: Path) -> No
     )
     assert engines.source_of(whole, "decoder", "int4") == "int4"
     for role in ("vision", "image_encoder"):
-        with pytest.raises(BundleError, match="--precision fp32,fp16 added"):
+        with pytest.raises(BundleError, match="--force --precision int4,fp16"):
             engines.source_of(whole, role, "int4")
 
 
