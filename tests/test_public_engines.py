@@ -39,7 +39,7 @@ def answers(model: onnx.ModelProto | Path, length: int, seed: int) -> dict[str, 
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     given: Any = model if isinstance(model, Path) else model.SerializeToString()
     session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-    rng, feed = np.random.default_rng(seed), {}
+    rng, feed = np.random.default_rng(seed), dict[str, np.ndarray]()
     sizes = {"S": 5, "L": length}
     for value in session.get_inputs():
         shape = [size if isinstance(size, int) else sizes[size] for size in value.shape]
