@@ -20,7 +20,8 @@ from ppcr.manifest import Shapes
 from runtime.tensorrt_library import TensorRT
 from tests.families import Small
 
-SMALL = Small("qwen2_5_vl", hidden=64, heads=2, kv_heads=1, layers=2)
+# A width of heads that engines have an attention for.
+SMALL = Small("qwen2_5_vl", hidden=128, heads=2, kv_heads=1, head_dim=64, layers=2)
 
 
 @pytest.fixture
