@@ -21,7 +21,7 @@ from runtime.tensorrt_library import TensorRT
 from tests.families import Small
 
 # A width of heads that engines have an attention for.
-SMALL = Small("qwen2_5_vl", hidden=128, heads=2, kv_heads=1, head_dim=64, layers=2)
+SMALL = Small("qwen2_5_vl", hidden=256, heads=4, kv_heads=2, head_dim=64, layers=2)
 
 
 @pytest.fixture
