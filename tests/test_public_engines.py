@@ -68,8 +68,9 @@ def test_decoder_is_what_the_bundle_holds(public: Path, tmp_path: Path, precisio
             assert not inner or value.type.tensor_type.shape.dim[2].dim_value == MAX_LENGTH
     wanted = answers(public / manifest.paths("int4" if precision == "int4" else "fp32")["decoder"], 32, 3)
     got = answers(with_length(model, 32), 32, 3)
-    # onnxruntime's product with int4 weights, and int8's grid, are off by themselves.
-    assert worst(got["logits"], wanted["logits"]) < (0.02 if precision == "fp16" else 0.06)
+    # onnxruntime's product with int4 weights is off by itself, int8 has one scale for a whole column.
+    most = {"fp16": 0.02, "int4": 0.06, "int8": 0.15}[precision]
+    assert worst(got["logits"], wanted["logits"]) < most
     numbers = {v.data_type for v in model.graph.initializer if len(v.dims) == 2}
     whole = {"int4": onnx.TensorProto.INT4, "int8": onnx.TensorProto.INT8}.get(precision)
     assert whole is None or whole in numbers
