@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +81,14 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         return platform.machine()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
+
+
+def peak_gpu_memory_mb() -> float | None:
+    """Most memory that torch ever held of the GPU in this process, in MiB; None where it holds none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return float(torch.cuda.max_memory_reserved()) / _MIB
 
 
 def peak_memory_mb(status: Path = Path("/proc/self/status")) -> float:

@@ -28,6 +28,7 @@ _WARM_UP = 2
 class Row:
     """Everything one worker measured. Keys of runs: (image, place of the expression).
 
+    peak_memory_mb: of the process; of the GPU where torch computes on one.
     engine: what really ran, as `runtime.pipeline.Pipeline.engine` says it.
     """
 

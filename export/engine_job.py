@@ -165,11 +165,10 @@ def typed_model(job: Job, folder: Path) -> tuple[onnx.ModelProto, dict[str, list
 def _parse(parser: Any, job: Job, model: onnx.ModelProto, beside: dict[str, np.memmap]) -> bool:
     if not beside:
         return bool(parser.parse(model.SerializeToString(), job.source))
-    return (
-        parser.load_model_proto(model.SerializeToString(), job.source)
-        and all(parser.load_initializer(name, held.ctypes.data, held.nbytes) for name, held in beside.items())
-        and parser.parse_model_proto()
-    )
+    if not parser.load_model_proto(model.SerializeToString(), job.source):
+        return False
+    given = (parser.load_initializer(name, held.ctypes.data, held.nbytes) for name, held in beside.items())
+    return all(given) and bool(parser.parse_model_proto())
 
 
 def _peak_bytes(status: Path = Path("/proc/self/status")) -> int:

@@ -109,6 +109,11 @@ def add_engines(
             write_json(part / f"{name}.layers.json", dataclasses.asdict(built[role]))
             entries.append(_entry(manifest, part, job, built[role], role, precision, options))
             progress(role)
+        if ranges:
+            name = f"engines/{target}/{precision}.ranges.json"
+            (part / name).unlink(missing_ok=True)
+            write_json(part / name, ranges)
+            written.add(name)
         replaced = {(entry.target, entry.precision, entry.role) for entry in entries}
         kept = [e for e in manifest.engines if (e.target, e.precision, e.role) not in replaced]
         files = held_files(part, manifest, written)
@@ -191,11 +196,16 @@ def source_of(manifest: Manifest, role: str, precision: str) -> str:
     for name in (*wanted, "fp32"):
         if name in manifest.precisions:
             return name
-    asked = f"fp32,{arithmetic(precision)}" if typed else "fp32"
+    asked = dict.fromkeys((*manifest.precisions, *(formats_for(precision) if typed else ("fp32",))))
     raise BundleError(
         f"this bundle holds no graph of the {role.replace('_', ' ')} to compile at {precision} (it has "
-        f"{', '.join(manifest.precisions)}): build it again with --precision {asked} added, and --force"
+        f"{', '.join(manifest.precisions)}): build it again with --force --precision {','.join(asked)}"
     )
+
+
+def formats_for(precision: str) -> tuple[str, ...]:
+    """Precisions of a bundle around a public MLLM that its engines at ``precision`` are compiled from."""
+    return ("fp32",) if precision == "fp8" else tuple(dict.fromkeys((precision, arithmetic(precision))))
 
 
 def calibrated(bundle: Path, progress: Progress) -> dict[str, dict[str, float]]:

@@ -1,9 +1,10 @@
 """torch on a GPU, or on the CPU: static KV cache, the decoding step a CUDA graph, our own Triton kernels.
 
 It reads the checkpoint that the bundle was made from, whose hash the manifest has: a bundle holds graphs, and
-torch needs modules. Tokenizer, preprocessing and sizes are the bundle's. The vision tower is the stock one,
-the decoder `runtime.torch_decoder`, the segmenter `ppcr.model`'s, which runs the kernels of ``kernels/`` on a
-GPU. Executed on the CPU, where tests hold it to the reference; the CUDA graphs are built, but not executed.
+torch needs modules. Tokenizer, preprocessing and sizes are the bundle's. The vision tower is
+`runtime.torch_vision` (Qwen3-VL's is the stock one), the decoder `runtime.torch_decoder`, the segmenter
+`ppcr.model`'s, which runs the kernels of ``kernels/`` on a GPU. Executed on the CPU, where tests hold it to
+the reference; the CUDA graphs are built, but not executed.
 Blocks of several conversations (`TorchBranches`) differ from call to call and are no CUDA graph.
 """
 
@@ -37,6 +38,7 @@ from runtime.torch_branches import TorchBranches
 from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
 from runtime.torch_device import DTYPES, at_work, choose_device, require_room
 from runtime.torch_graph import Recorded, record
+from runtime.torch_vision import TorchTower
 
 MASK_PIXELS = 1 << 22
 """Pixels of mask logits drawn at once: 64 masks of SAM's."""
@@ -133,18 +135,23 @@ class TorchMLLM:
         self._like = self._decoder.table[:0]
         self._lock = threading.Lock()
         self._tables: dict[tuple[int, int], DeviceTables] = {}
+        self._towers: dict[tuple[int, int], TorchTower] = {}
         self._free: list[TorchSlot] = []
         self._prefixes: dict[tuple[int, ...], Tensor] = {}
-        # The first conversation finds its cache made and its step captured.
+        # The first conversation finds its cache made and its step captured, the first image its tower.
         self._free.append(self._slot(self._config.image_size))
+        self._tower_of(self._config.image_size)
 
     @at_work
     def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Tensor:
         """Patches f32 [patches, patch_dim] to features f[1 + levels, image_tokens, hidden] on the device."""
         height, width = size or self._config.image_size
         patch = self._config.patch
-        grid = torch.tensor([[1, height // patch, width // patch]], device=self._like.device)
         with self._lock:
+            tower = self._tower_of((height, width))
+            if tower is not None:
+                return tower.encode(patches)[None]
+            grid = torch.tensor([[1, height // patch, width // patch]], device=self._like.device)
             seen = self._visual(torch.from_numpy(patches).to(self._like), grid_thw=grid)
         return torch.stack(_features(seen))
 
@@ -231,6 +238,15 @@ class TorchMLLM:
 
     def _slot(self, size: tuple[int, int]) -> TorchSlot:
         return TorchSlot(self._decoder, self._tables_of(size), graph=self._like.is_cuda)
+
+    def _tower_of(self, size: tuple[int, int]) -> TorchTower | None:
+        """Our own tower for images of ``size``; None for families that have the stock one alone."""
+        if self._config.family != "qwen2_5_vl" or self._visual.config.hidden_act != "silu":
+            return None
+        if size not in self._towers:
+            height, width = (side // self._config.patch for side in size)
+            self._towers[size] = TorchTower(self._visual, (height, width), graph=self._like.is_cuda)
+        return self._towers[size]
 
     def _tables_of(self, size: tuple[int, int]) -> DeviceTables:
         if size not in self._tables:

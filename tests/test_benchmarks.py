@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import accuracy, latency, machine, report
 from benchmarks.ablation import BOTH, VARIANTS, best
@@ -193,6 +194,15 @@ def test_machine_says_hardware_and_versions(tmp_path: Path) -> None:
     status.write_text("VmPeak:\t9999 kB\nVmHWM:\t  2048 kB\n")
     assert machine.peak_memory_mb(status) == 2.0
     assert machine.peak_memory_mb() > 10
+
+
+def test_gpu_memory_is_that_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.peak_gpu_memory_mb() is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 << 20)
+    assert machine.peak_gpu_memory_mb() == 3.0
+    monkeypatch.delitem(sys.modules, "torch")
+    assert machine.peak_gpu_memory_mb() is None
 
 
 def test_examples_hold_the_union_of_the_targets() -> None:

@@ -71,7 +71,7 @@ def test_both_sides_are_rounded_and_the_head_is_not() -> None:
     assert kinds.count("QuantizeLinear") == 1, "one value is rounded once"
     assert kinds.count("DequantizeLinear") == 3
     got = run(model, x)
-    read = rounded(x, np.float32(largest / LARGEST))
+    read = rounded(x, np.asarray(largest / LARGEST, np.float32))
     for name, found in zip(("w0", "w1"), got, strict=False):
         scale = np.maximum(np.abs(weights[name]).max(0) / LARGEST, 2.0**-14).astype(np.float32)
         np.testing.assert_allclose(found, read @ rounded(weights[name], scale), rtol=1e-4, atol=1e-4)

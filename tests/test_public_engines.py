@@ -39,7 +39,7 @@ def answers(model: onnx.ModelProto | Path, length: int, seed: int) -> dict[str, 
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     given: Any = model if isinstance(model, Path) else model.SerializeToString()
     session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-    rng, feed = np.random.default_rng(seed), {}
+    rng, feed = np.random.default_rng(seed), dict[str, np.ndarray]()
     sizes = {"S": 5, "L": length}
     for value in session.get_inputs():
         shape = [size if isinstance(size, int) else sizes[size] for size in value.shape]
@@ -68,8 +68,9 @@ def test_decoder_is_what_the_bundle_holds(public: Path, tmp_path: Path, precisio
             assert not inner or value.type.tensor_type.shape.dim[2].dim_value == MAX_LENGTH
     wanted = answers(public / manifest.paths("int4" if precision == "int4" else "fp32")["decoder"], 32, 3)
     got = answers(with_length(model, 32), 32, 3)
-    # onnxruntime's product with int4 weights, and int8's grid, are off by themselves.
-    assert worst(got["logits"], wanted["logits"]) < (0.02 if precision == "fp16" else 0.06)
+    # onnxruntime's product with int4 weights is off by itself, int8 has one scale for a whole column.
+    most = {"fp16": 0.02, "int4": 0.06, "int8": 0.15}[precision]
+    assert worst(got["logits"], wanted["logits"]) < most
     numbers = {v.data_type for v in model.graph.initializer if len(v.dims) == 2}
     whole = {"int4": onnx.TensorProto.INT4, "int8": onnx.TensorProto.INT8}.get(precision)
     assert whole is None or whole in numbers
@@ -114,7 +115,7 @@ def test_bundle_without_a_graph_to_compile_says_which_to_add(public: Path) -> No
     )
     assert engines.source_of(whole, "decoder", "int4") == "int4"
     for role in ("vision", "image_encoder"):
-        with pytest.raises(BundleError, match="--precision fp32,fp16 added"):
+        with pytest.raises(BundleError, match="--force --precision int4,fp16"):
             engines.source_of(whole, role, "int4")
 
 

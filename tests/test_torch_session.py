@@ -166,6 +166,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, told: list[str], failing: Excepti
         def wait_stream(self, other: Any) -> None:
             told.append("wait")
 
+        def synchronize(self) -> None:
+            told.append("synchronize")
+
     @contextlib.contextmanager
     def capture(graph: FakeGraph, capture_error_mode: str) -> Iterator[None]:
         assert capture_error_mode == "thread_local"

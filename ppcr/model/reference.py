@@ -67,12 +67,15 @@ class ReferenceResult:
 
 @dataclass
 class _Clock:
+    on_gpu: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
+        if self.on_gpu:  # what is queued belongs to the stage that queued it
+            torch.cuda.synchronize()
         self.seconds[name] = time.perf_counter() - start
 
 
@@ -142,7 +145,7 @@ class ReferencePipeline:
         Raises:
             ExpressionError: empty or too long.
         """
-        clock, tokenizer, config = _Clock(), self.tokenizer, self.config.mllm
+        clock, tokenizer, config = _Clock(self.device.type == "cuda"), self.tokenizer, self.config.mllm
         question = tokenizer.expression(expression, max_tokens=config.max_expression_tokens)
         size = nearest_size((image.shape[0], image.shape[1]), config.sizes)
         framing = Framing.of((image.shape[0], image.shape[1]), self.config.segmenter)
