@@ -129,7 +129,6 @@ class _Reader:
         self._core = core
         # A model is read with inputs of its file alone: `read` puts the input `_BIAS` in the place of this.
         self._bias = op.constant(np.full((1, 1, 1, 1), _HIDDEN))
-        self._tables: dict[str, Any] = {}
         readers = {
             "TensorScatter": self._scatter,
             "Attention": self._attention,
@@ -193,18 +192,14 @@ class _Reader:
     def _rotate(self, node: Any) -> Any:
         # Written as OpenVINO's own rotary operator is recognised.
         x = node.get_input(0)
-        cos, sin = (self._whole(node.get_input(i)) for i in (1, 2))
+        cos, sin = (op.unsqueeze(node.get_input(i), _numbers(1)) for i in (1, 2))
         half = x.get_partial_shape()[3].get_length() // 2
         first, second = op.variadic_split(x, op.constant(3), _numbers(half, half)).outputs()
-        turned = op.concat([op.multiply(second, np.float32(-1)), first], -1)
-        return op.add(op.multiply(x, cos), op.multiply(turned, sin)).outputs()
-
-    def _whole(self, table: Any) -> Any:
-        """A table f32 [1, S, head_dim / 2] for both halves of a head, f32 [1, 1, S, head_dim]; made once."""
-        name = f"{table.get_node().get_friendly_name()}:{table.get_index()}"
-        if name not in self._tables:
-            self._tables[name] = op.unsqueeze(op.concat([table, table], -1), _numbers(1))
-        return self._tables[name]
+        turned = (
+            op.subtract(op.multiply(first, cos), op.multiply(second, sin)),
+            op.add(op.multiply(second, cos), op.multiply(first, sin)),
+        )
+        return op.concat(list(turned), -1).outputs()
 
 
 def compress(model: Model) -> int:

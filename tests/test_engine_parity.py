@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from export import build_engines, engine_parity, parity
-from ppcr.errors import CheckpointError, ParityError
+from ppcr.errors import CheckpointError, EngineError, ParityError
 from ppcr.manifest import MANIFEST, Manifest, Parity, parity_key
 from runtime import selection
 
@@ -39,7 +39,8 @@ def test_an_engines_figures_come_into_the_manifest_and_are_read(
     assert dataclasses.replace(after, parity=before.parity) == before
     assert selection.choose(copy, "torch").gate == "passed"
     # What was built is still up to date: the figures of other engines say nothing of the graphs.
-    assert {name for name in after.parity if name in after.precisions} == set(before.parity)
+    graphs = [{name for name in each.parity if name in each.precisions} for each in (before, after)]
+    assert graphs[0] == graphs[1]
 
 
 def test_an_engine_that_disagrees_fails_and_is_remembered(
@@ -96,3 +97,41 @@ def test_masks_and_tokens_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures("same", "same") == Parity(2, 1.0, 1.0, 1.0, True)
     assert figures("same", "other") == Parity(2, 1.0, 0.5, 0.0, False)
     assert parity_key("openvino", "bf16") == "openvino bf16" and parity_key("onnxruntime", "int8") == "int8"
+
+
+def test_a_build_measures_the_faster_engines_that_are_here(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = Manifest.load(copy)
+    there: list[str] = []
+
+    def choose(bundle: Any, engine: str, *, precision: str) -> selection.Candidate:
+        if engine not in there:
+            raise EngineError(f"engine {engine!r} cannot be used here: not installed")
+        return selection.Candidate(engine, True, precision=precision)
+
+    monkeypatch.setattr(engine_parity.selection, "choose", choose)
+    assert engine_parity.faster_here(manifest) == []
+    assert engine_parity.measure_faster(copy, [], print) == {}
+    there.append("openvino")
+    assert engine_parity.faster_here(manifest) == [("openvino", "bf16")]
+    # Unasked, an engine's own precision stands for fp32 alone.
+    assert engine_parity.faster_here(dataclasses.replace(manifest, default_precision="int8")) == []
+    loaded: list[dict[str, str]] = []
+
+    class Opened:
+        def __enter__(self) -> Opened:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    def load(folder: Path, **options: str) -> Opened:
+        loaded.append(options)
+        return Opened()
+
+    passed = Parity(3, 1.0, 0.998, 0.98, True)
+    monkeypatch.setattr(engine_parity.Pipeline, "load", load)
+    monkeypatch.setattr(engine_parity, "compare", lambda *_: passed)
+    assert engine_parity.measure_faster(copy, [], print) == {"openvino bf16": passed}
+    assert loaded == [{"engine": "openvino", "precision": "bf16"}]
