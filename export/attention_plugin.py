@@ -18,7 +18,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from export.attention_function import INPUTS, MATRICES, Shape, attention_nodes
-from kernels.plan import MAX_TOKENS, Problem, fits, plan_read, plan_write
+from kernels.plan import Problem, fits, most_folded, plan_read, plan_write
 from kernels.reference import IMAGE_TO_PROMPT, PROMPT_TO_IMAGE
 from kernels.schedule import EXPRESSIONS, Each, Layout, Number, Schedule, read_schedule, write_schedule
 from ppcr.errors import BundleError, EngineError
@@ -113,9 +113,9 @@ def _attention(node: onnx.NodeProto, given: list[Shape], dtype: str, usual: int)
     n, c, m, _, inner = (int(size) for size in sizes)
     shared = image[1] == 1
     problem = Problem(1, usual, shared, n, m, c, heads, inner // heads, itemsize=2)
-    if not fits(c, heads, inner // heads) or n > MAX_TOKENS or m % 16:
+    if not fits(c, heads, inner // heads) or n > most_folded(c) or m % 16:
         raise EngineError(
-            f"the attention plugin takes up to {MAX_TOKENS} tokens and cells in sixteens at widths of "
+            f"the attention plugin takes up to {most_folded(c)} tokens and cells in sixteens at widths of "
             f"powers of two, {node.name} has {n} tokens of {c} and {m} cells: leave --attention-plugin out"
         )
     at = Layout(

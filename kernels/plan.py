@@ -115,13 +115,13 @@ def plan_read(problem: Problem, processors: int = 132, *, folded: bool | None = 
 def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
     """Fold where an expression has no more tokens than a head has columns: that is less work as well.
 
-    ``folded`` overrules that, for at most `MAX_TOKENS`.
+    ``folded`` overrules that, for at most `most_folded`.
     """
     p = problem
     wide = p.itemsize == 4
     block_tokens = tile(p.tokens, most=MAX_TOKENS)
     if folded is None:
-        folded = p.tokens <= block_tokens <= p.head_dim
+        folded = p.tokens <= block_tokens <= min(p.head_dim, most_folded(p.dim))
     # Half the cells where accumulators, queries and weights together would not fit the registers; half the
     # tokens where fp32 keys and values would not.
     block_cells = 16 if wide else 32 if not folded and p.dim > 128 else 64
@@ -129,6 +129,11 @@ def plan_write(problem: Problem, *, folded: bool | None = None) -> WritePlan:
         block_tokens = min(block_tokens, MAX_TOKENS // 2)
     warps = 4 if p.dim <= (128 if folded or wide else 64) else 8
     return WritePlan(folded, block_cells, block_tokens, warps, 2)
+
+
+def most_folded(dim: int) -> int:
+    """Most tokens whose folded rows are one tile: of 256 columns fewer fit registers and shared memory."""
+    return MAX_TOKENS if dim <= 128 else MAX_TOKENS // 2
 
 
 def tile(count: int, *, most: int) -> int:

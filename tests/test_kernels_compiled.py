@@ -11,7 +11,15 @@ pytest.importorskip("triton", reason="the kernels are written in Triton")
 from benchmarks.kernel import SAM, SHIPPED, TARGETS, variants
 from benchmarks.kernel_cases import DTYPES, ITEMSIZE
 from kernels.compiled import SHARED_LIMIT, compile_variant
-from kernels.plan import MAX_TOKENS, Problem, Variant, plan_read, plan_write, read_variants, write_variants
+from kernels.plan import (
+    Problem,
+    Variant,
+    most_folded,
+    plan_read,
+    plan_write,
+    read_variants,
+    write_variants,
+)
 
 ALL_KERNELS = {
     "attend_tokens", "mlp_tokens", "fold_tokens", "read_folded", "read_heads", "merge", "write_folded",
@@ -37,7 +45,7 @@ def forms(problem: Problem) -> list[Variant]:
             v.kernel + str(v.constants.get("HAS_VALUES", "")): v
             for v in read_variants(problem, plan_read(problem, folded=folded), mask=True).values()
         }
-        if problem.tokens <= MAX_TOKENS or not folded:
+        if problem.tokens <= most_folded(problem.dim) or not folded:
             plan = plan_write(problem, folded=folded)
             made = write_variants(problem, plan, mask=True, after=True)
             found |= {v.kernel + str(v.constants.get("HAS_VALUES", "")): v for v in made.values()}
