@@ -280,9 +280,12 @@ def test_scenes_expressions_of_all_kinds_have_the_masks_they_have_alone(
 ) -> None:
     calls = list[int]()
     original = OnnxBranches.extend
-    monkeypatch.setattr(
-        OnnxBranches, "extend", lambda self, told: (calls.append(len(told)), original(self, told))[1]
-    )
+
+    def counted(self: OnnxBranches, told: Any) -> Any:
+        calls.append(len(told))
+        return original(self, told)
+
+    monkeypatch.setattr(OnnxBranches, "extend", counted)
     counts = set[int]()
     with Pipeline.load(bundle, engine="onnxruntime", threads=1) as pipeline:
         for scene in examples("test", range(300, 303), expressions=16):
