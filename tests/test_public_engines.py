@@ -40,7 +40,7 @@ def answers(model: onnx.ModelProto | Path, length: int, seed: int) -> dict[str, 
     given: Any = model if isinstance(model, Path) else model.SerializeToString()
     session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
     rng, feed = np.random.default_rng(seed), dict[str, np.ndarray]()
-    sizes = {"S": 5, "L": length}
+    sizes = {"S": 5, "L": length, "W": 1}
     for value in session.get_inputs():
         shape = [size if isinstance(size, int) else sizes[size] for size in value.shape]
         if value.type == "tensor(int64)":
