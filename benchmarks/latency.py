@@ -24,13 +24,13 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 from benchmarks import card, machine, random_bundle, results, timeline
 from benchmarks.examples import SIZE, Example, examples
-from benchmarks.latency_run import Model, Wanted, measure, work_of
+from benchmarks.latency_run import Model, Wanted, measure, undrafted, work_of
 from benchmarks.rows import DEFAULT, engines_named, plan
 from benchmarks.worker import PLAIN
 from ppcr.checkpoint import SHIPPED, Checkpoint
 from ppcr.data.graph import Split
 from ppcr.errors import CommandParser, UsageError, run_cli
-from ppcr.manifest import Manifest
+from ppcr.manifest import DRAFTS, Manifest
 from runtime.bundle import AUTO, DEFAULT_BUNDLE
 from runtime.threads import count_threads
 
@@ -201,6 +201,8 @@ def _compared(arguments: argparse.Namespace, model: Model) -> list[str]:
     for row in model.rows:
         names.setdefault(row.engine, []).append(row.name)
     told = "; ".join(f"{', '.join(listed)}: the bundle on {engine}" for engine, listed in names.items())
+    if DRAFTS in model.manifest.files:
+        told += f"; {undrafted(model.rows[0])}: the same, stage 1's answer written token by token"
     plain = ""
     if not arguments.without_torch:
         plain = (

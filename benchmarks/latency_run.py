@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from benchmarks.rows import DEFAULT, RowPlan
 from benchmarks.worker import PLAIN, Task
 from benchmarks.workers import Measured, cold_start, measure_rows
 from ppcr.checkpoint import Checkpoint
-from ppcr.manifest import Manifest
+from ppcr.manifest import DRAFTS, Manifest
 from runtime.engine_checks import graph_precision
 
 _TRACED = 8
@@ -108,8 +108,16 @@ class Model:
             Task(row.name, str(self.bundle), engine=row.engine, precision=row.precision, **common)
             for row in self.rows
         ]
+        if DRAFTS in self.manifest.files:
+            # Guesses are as good as the glossary knows the wordings: what one gets without them is told too.
+            tasks.insert(1, replace(tasks[0], system=undrafted(self.rows[0]), drafts=False))
         plain = Task(PLAIN, str(self.checkpoint.root), kind=PLAIN, **common)
         return [*tasks, plain] if torch else tasks
+
+
+def undrafted(row: RowPlan) -> str:
+    """The name of a row's twin that writes stage 1's answer word by word."""
+    return f"{row.name}, no drafts"
 
 
 def work_of(model: Model, scenes: Sequence[Example]) -> dict[str, dict[str, float]]:

@@ -25,7 +25,8 @@ class RowFigures:
         end_to_end: image and first expression to masks. cpu_p50_s: median processor time of it, all threads.
         second: a further expression of the same image; None for plain torch, to which all are alike.
         stages: what the caller waited for each, over the runs that had it. device: median seconds at work.
-        tokens, forward_calls: of the MLLM, mean of first expressions.
+        tokens, forward_calls: of the MLLM, mean of first expressions. drafted: tokens guessed, likewise;
+            accepted: share of those that were right, None where nothing was guessed.
         mean_mask_iou: with the truth. agreement: mean IoU with plain torch on the same expressions. Both None
             for weights that say nothing.
         speedup: of plain torch's median over this one's. counts: accuracy is not worse (`TOLERATED_LOSS`).
@@ -42,6 +43,8 @@ class RowFigures:
     device: dict[str, float]
     tokens: float
     forward_calls: float
+    drafted: float
+    accepted: float | None
     mean_mask_iou: float | None
     agreement: float | None
     peak_memory_mb: float
@@ -68,6 +71,8 @@ class RowFigures:
             "stages": self.stages_json(),
             "tokens": round(self.tokens, 2),
             "forward_calls": round(self.forward_calls, 2),
+            "drafted_tokens": round(self.drafted, 2),
+            "accepted_share": _rounded(self.accepted, 4),
             "mean_mask_iou": _rounded(self.mean_mask_iou, 5),
             "agreement": _rounded(self.agreement, 5),
             "peak_memory_mb": round(self.peak_memory_mb, 1),
@@ -110,6 +115,8 @@ def figures(rows: Sequence[Row], *, judged: bool = True) -> list[RowFigures]:
                 device={n: Spread.of([run.device[n] for run in first if n in run.device]).p50 for n in names},
                 tokens=fmean(run.tokens for run in first),
                 forward_calls=fmean(run.forward_calls for run in first),
+                drafted=fmean(run.drafted for run in first),
+                accepted=_share(sum(run.accepted for run in first), sum(run.drafted for run in first)),
                 mean_mask_iou=iou if judged else None,
                 agreement=(
                     fmean(_agree(run, reference[key]) for key, run in row.first)
@@ -132,7 +139,8 @@ def table(rows: Sequence[RowFigures]) -> list[str]:
     lines = [
         f"threads: {rows[0].threads}",
         f"{'':<{wide}}{'p50 ms':>9}{'p90':>9}{'p99':>9}{'cpu':>9}{'second':>9}{'speed-up':>10}"
-        f"{'tokens':>8}{'calls':>7}{'mIoU %':>8}{'agree %':>9}{'peak MB':>9}{'load s':>8}",
+        f"{'tokens':>8}{'drafted':>9}{'right %':>9}{'calls':>7}{'mIoU %':>8}{'agree %':>9}{'peak MB':>9}"
+        f"{'load s':>8}",
     ]
     for row in rows:
         second = "-" if row.second is None else f"{1e3 * row.second.p50:.1f}"
@@ -141,7 +149,8 @@ def table(rows: Sequence[RowFigures]) -> list[str]:
         lines.append(
             f"{row.system:<{wide}}{1e3 * row.end_to_end.p50:>9.1f}{1e3 * row.end_to_end.p90:>9.1f}"
             f"{1e3 * row.end_to_end.p99:>9.1f}{1e3 * row.cpu_p50_s:>9.1f}{second:>9}{factor:>10}"
-            f"{row.tokens:>8.1f}{row.forward_calls:>7.1f}{percent(row.mean_mask_iou):>8}"
+            f"{row.tokens:>8.1f}{row.drafted:>9.1f}{percent(row.accepted):>9}{row.forward_calls:>7.1f}"
+            f"{percent(row.mean_mask_iou):>8}"
             f"{percent(row.agreement):>9}{row.peak_memory_mb:>9.0f}{row.loaded_s:>8.2f}"
         )
     columns = "".join(f"{row.system:>28}" for row in rows)
@@ -207,6 +216,8 @@ def summary(
         "plain_torch_peak_memory_mb": None if plain is None else round(plain.peak_memory_mb, 1),
         "tokens": told["tokens"],
         "forward_calls": told["forward_calls"],
+        "drafted_tokens": told["drafted_tokens"],
+        "accepted_share": told["accepted_share"],
         "cold_start": cold,
         "by_threads": per_thread,
     }
@@ -230,6 +241,8 @@ def raw(rows: Sequence[Row], names: Mapping[str, str] | None = None) -> list[dic
             **{f"{stage}_device_s": _rounded(run.device.get(stage), 6) for stage in STAGES},
             "tokens": run.tokens,
             "forward_calls": run.forward_calls,
+            "drafted_tokens": run.drafted,
+            "accepted_tokens": run.accepted,
             "iou": round(run.iou, 5),
         }
         for row in rows
@@ -246,6 +259,10 @@ def shown(value: float | None, form: str, unit: str = "") -> str:
 def percent(value: float | None) -> str:
     """A share in per cent with two digits, "-" for None."""
     return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
 
 
 def _rounded(value: float | None, digits: int) -> float | None:

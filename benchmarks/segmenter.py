@@ -38,7 +38,7 @@ from ppcr.config import PPCRConfig
 from ppcr.errors import CommandParser, EngineError, UsageError, run_cli
 from ppcr.framing import Framing
 from runtime.bundle import DEFAULT_BUNDLE, Bundle
-from runtime.session import Prompts, SegmenterSession, load_sessions
+from runtime.session import Prompts, SegmenterSession
 
 Float32Array = npt.NDArray[np.float32]
 TORCH = "torch"
@@ -208,10 +208,14 @@ def openvino_systems(bundle: Bundle, threads: int) -> list[System]:
     Raises:
         EngineError: OpenVINO is not installed. BundleError: it cannot read the graphs.
     """
+    try:
+        from runtime.openvino_session import load_segmenter
+    except ImportError:
+        raise EngineError("OpenVINO is not installed: pip install '.[openvino]'") from None
     made = []
     for precision in ("fp32", "bf16"):
         try:
-            session = load_sessions("openvino", bundle, threads=threads, precision=precision).segmenter
+            session = load_segmenter(bundle, threads=threads, precision=precision)
         except EngineError:
             if precision == "fp32":
                 raise

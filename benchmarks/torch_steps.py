@@ -201,15 +201,15 @@ class OneByOne(TorchContext):
     ) -> Turn:
         """`runtime.session.TurnContext`: nothing runs ``meanwhile``."""
         reused, cursor = self.length, constraint.start()
-        pending, tokens, calls, fed = list(prompt), list[int](), 0, 0
+        pending, tokens, calls = list(prompt), list[int](), 0
         while not cursor.done:
             logits = self.extend(pending, features)
-            calls, fed, features = calls + 1, fed + len(pending), None
+            calls, features = calls + 1, None
             token = best(logits, cursor.allowed())
             cursor.advance(token)
             tokens.append(token)
             pending = [token]
-        return Turn(tuple(tokens), tuple(pending), calls, fed, reused)
+        return Turn(tuple(tokens), tuple(pending), calls, reused, self.length)
 
 
 class TorchSegmenter:

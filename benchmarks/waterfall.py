@@ -84,7 +84,8 @@ def steps(
         Step("plain torch", replace(torch, kind=PLAIN, source=str(checkpoint))),
         Step("+ KV cache kept", replace(torch, kind=REUSED)),
         Step("+ forced literals", replace(torch, kind=FORCED)),
-        Step(f"+ static cache, graph: {first.name}", replace(engine, overlap=False)),
+        Step(f"+ static cache, graph: {first.name}", replace(engine, overlap=False, drafts=False)),
+        Step("+ stage 1 guessed and checked", replace(engine, overlap=False)),
         Step(_BESIDE, engine) if threads > 1 else Step(_BESIDE, None, ALONE),
         Step("+ expressions in one call", replace(engine, together=True)),
         *(

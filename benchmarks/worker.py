@@ -27,7 +27,7 @@ import numpy.typing as npt
 from benchmarks.fixed_answers import fix_answers
 from ppcr import masks
 from runtime.pipeline import Pipeline
-from runtime.result import Result
+from runtime.result import Costs, Result
 
 if TYPE_CHECKING:
     from ppcr.model.reference import ReferenceResult
@@ -58,6 +58,7 @@ class Task:
         overlap: whether the segmenter's encoder may run beside the MLLM.
         together: all expressions of an image go in one call, whose time is shared out equally.
         fixed: answers have fixed lengths (`benchmarks.fixed_answers`), for weights that say nothing.
+        drafts: of ENGINE: whether stage 1's answers may be guessed (`ppcr.drafts`).
     """
 
     system: str
@@ -72,6 +73,7 @@ class Task:
     overlap: bool = True
     together: bool = False
     fixed: bool = False
+    drafts: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Run:
         seconds: from the expression (and, for the first one of an image, the image) to masks.
         cpu: seconds of processor time, all threads together; what else the machine does hardly moves it.
         stages: seconds that the caller waited for each stage. device: seconds each stage was at work.
-        tokens, forward_calls: of the MLLM.
+        tokens, forward_calls: of the MLLM. drafted, accepted: tokens guessed, and rightly so.
         iou: of the whole mask with the truth.
         mask: the whole mask as COCO run lengths, to compare rows.
     """
@@ -93,12 +95,14 @@ class Run:
     device: dict[str, float]
     tokens: int
     forward_calls: int
+    drafted: int
+    accepted: int
     iou: float
     mask: masks.RLE
 
 
-Measures = tuple[dict[str, float], dict[str, float], int, int]
-"""Seconds waited for and at work by stage, tokens, forward calls."""
+Measures = tuple[dict[str, float], dict[str, float], Costs]
+"""Seconds waited for and at work by stage, and what the MLLM did."""
 
 
 class View(Protocol):
@@ -135,6 +139,7 @@ def load(task: Task) -> System:
             threads=task.threads,
             engine=task.engine,
             checkpoint=task.checkpoint or None,
+            drafts=task.drafts,
         )
     else:
         from benchmarks.torch_steps import eager_pipeline
@@ -157,7 +162,7 @@ def _costs(result: Result) -> Measures:
     timings = {name: timing for name, timing in result.timings.items() if name != "total"}
     walls = {name: timing.wall for name, timing in timings.items()}
     devices = {name: timing.device for name, timing in timings.items()}
-    return walls, devices, result.costs.tokens, result.costs.forward_calls
+    return walls, devices, result.costs
 
 
 def plain(task: Task) -> System:
@@ -179,7 +184,7 @@ def plain(task: Task) -> System:
         nonlocal calls
         called, calls = calls, 0
         tokens = len(result.semantic_ids) + len(result.spatial_ids)
-        return result.seconds, result.seconds, tokens, called
+        return result.seconds, result.seconds, Costs(tokens, called)
 
     told = {"engine": EAGER, "precision": precision_of(pipeline)}
     return System(lambda image: PlainView(pipeline, image), read, told)
@@ -228,9 +233,12 @@ def together(system: System, held: Examples, image: int, order: Sequence[int]) -
 
 
 def _run(system: System, result: Any, seconds: float, cpu: float, truth: npt.NDArray[np.bool_]) -> Run:
-    walls, devices, tokens, calls = system.read(result)
+    walls, devices, costs = system.read(result)
     iou, mask = masks.iou(result.mask, truth), masks.encode_rle(result.mask)
-    return Run(seconds, cpu, walls, devices, tokens, calls, iou, mask)
+    return Run(
+        seconds, cpu, walls, devices, costs.tokens, costs.forward_calls, costs.drafted_tokens,
+        costs.accepted_tokens, iou, mask,
+    )  # fmt: skip
 
 
 def main(path: str) -> int:

@@ -22,6 +22,7 @@ from ppcr.errors import CheckpointError
 from ppcr.files import sha256_file, write_json
 from ppcr.manifest import (
     DATA,
+    DRAFTS,
     EMBEDDING,
     EMBEDDING_KEY,
     MANIFEST,
@@ -99,9 +100,11 @@ class BundleWriter:
         return shapes
 
     def write_common(self) -> None:
-        """Embedding table, tokenizer and preprocessing."""
+        """Embedding table, tokenizer, preprocessing, and the glossary of drafts if there is one."""
         self._write_embedding(self.root / EMBEDDING)
         shutil.copyfile(self.checkpoint.tokenizer, self.root / TOKENIZER)
+        if (drafts := self.checkpoint.root / DRAFTS).is_file():
+            shutil.copyfile(drafts, self.root / DRAFTS)
         write_json(self.root / PREPROCESS, self.checkpoint.config.to_dict())
 
     def manifest(

@@ -21,6 +21,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 PREPROCESS = "preprocess.json"
+DRAFTS = "drafts.json"
+"""What answers are guessed with (`ppcr.drafts`); a bundle may lack it."""
 EMBEDDING = "mllm/embed.safetensors"
 EMBEDDING_KEY = "weight"
 """The one tensor of ``mllm/embed.safetensors``, [vocabulary, hidden], in the type the checkpoint has it."""
@@ -253,7 +255,7 @@ class Manifest:
         Raises:
             BundleError: names the first file that does not fit.
         """
-        read = self.files if precision is None else (*COMMON, *self.paths(precision).values())
+        read = self.files if precision is None else (*COMMON, DRAFTS, *self.paths(precision).values())
         # Weights beside a graph, whether or not they have a role of their own.
         hashed = {*read, *(name + DATA for name in read)}
         for name, entry in self.files.items():

@@ -31,7 +31,8 @@ class Block:
         ids: int64 [S]. positions: int64 [S], the row of `runtime.positions.Tables` of each.
         start: slot of the first; the others follow.
         mask: bool [S, capacity], the slots that each may look at. The cache must have room for so many.
-        last: int64 [n], for each branch that reads, the token of the block that ends its part.
+        last: int64 [n], the tokens of the block whose logits are wanted: of each branch that reads the one
+            that ends its part, after those before it that were asked for.
     """
 
     ids: Int64Array
@@ -57,25 +58,35 @@ class Layout:
         if count < 1:
             raise ValueError(f"{count} branches: at least one is needed")
         self._limit, self._free = limit, trunk
-        self._lengths = [trunk] * count
-        # The slot of the last token of each branch, and of a token by the one before it.
-        self._tips = [_TRUNK] * count
+        self._trunk = trunk
+        # The slots of each branch's own tokens, and that of a token by the one before it.
+        self._own: list[list[int]] = [[] for _ in range(count)]
         self._slots: dict[tuple[int, int], int] = {}
         self._sees = np.zeros((count, trunk), np.bool_)
         self._sees[:, :trunk] = True
 
     def length(self, branch: int) -> int:
         """Tokens of a branch, the trunk's included."""
-        return self._lengths[branch]
+        return self._trunk + len(self._own[branch])
 
-    def place(self, parts: Mapping[int, Sequence[int]]) -> Block:
+    def truncate(self, branch: int, length: int) -> None:
+        """Forget a branch from position ``length`` on; others keep what they share with it."""
+        if not self._trunk <= length <= self.length(branch):
+            raise ValueError(f"cannot truncate a branch of {self.length(branch)} tokens to {length}")
+        own = self._own[branch]
+        self._sees[branch, own[length - self._trunk :]] = False
+        del own[length - self._trunk :]
+
+    def place(self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None) -> Block:
         """Give the next tokens of some branches, by branch, their slots.
 
-        Raises ValueError, before anything is placed, when there is nothing to read or too much for a branch.
+        ``guesses`` are as in `runtime.session.Branches.extend`. Raises ValueError, before anything is placed,
+        when there is nothing to read, too much for a branch, or nothing but guesses.
         """
+        wanted = guesses or {}
         for branch, tokens in parts.items():
-            if not 0 < len(tokens) <= self._limit - self._lengths[branch]:
-                held = self._lengths[branch]
+            held = self.length(branch)
+            if not wanted.get(branch, 0) < len(tokens) <= self._limit - held:
                 told = f"{len(tokens)} tokens do not fit after {held} of a context of {self._limit}"
                 raise ValueError(told)
         if not parts:
@@ -86,21 +97,22 @@ class Layout:
         mask = np.zeros((most, self._sees.shape[1]), np.bool_)
         last = []
         for branch, tokens in parts.items():
-            sees = self._sees[branch]
+            sees, own = self._sees[branch], self._own[branch]
+            asked = len(tokens) - wanted.get(branch, 0)
             for at, token in enumerate(tokens, 1):
-                before = self._tips[branch], int(token)
+                before = own[-1] if own else _TRUNK, int(token)
                 slot = self._slots.get(before)
-                # The end of a part is asked for its logits: one that an earlier call has read is read again.
-                if slot is None or (at == len(tokens) and slot < start):
+                # Whose logits are asked for is read again where an earlier call has read it.
+                if slot is None or (at >= asked and slot < start):
                     slot, self._slots[before] = self._free, self._free
                     self._free += 1
-                    ids[slot - start], positions[slot - start] = token, self._lengths[branch]
+                    ids[slot - start], positions[slot - start] = token, self.length(branch)
                     mask[slot - start] = sees
                     mask[slot - start, slot] = True
                 sees[slot] = True
-                self._tips[branch] = slot
-                self._lengths[branch] += 1
-            last.append(self._tips[branch] - start)
+                own.append(slot)
+                if at >= asked:
+                    last.append(slot - start)
         count = self._free - start
         return Block(ids[:count], positions[:count], start, mask[:count], np.asarray(last, np.int64))
 

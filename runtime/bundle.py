@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ppcr.config import PPCRConfig
+from ppcr.drafts import Glossary
 from ppcr.errors import BundleError, CheckpointError
-from ppcr.manifest import EMBEDDING, EMBEDDING_KEY, PREPROCESS, REBUILD, TOKENIZER, Manifest
+from ppcr.manifest import DRAFTS, EMBEDDING, EMBEDDING_KEY, PREPROCESS, REBUILD, TOKENIZER, Manifest
 from ppcr.tensors import RowTable, TensorFiles
 from ppcr.tokenizer import PromptTokenizer
 from ppcr.zero_shot import tokenizer_of
@@ -38,6 +39,7 @@ class Bundle:
         config: sizes and normalisation of both image inputs, and the conversation's measures.
         embedding: f32 [vocabulary, hidden], read-only: the MLLM's input embedding. A large one stays in its
             file, of which rows are read when they are asked for.
+        glossary: what stage 1's answers are guessed with; None where the checkpoint has none.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class Bundle:
     config: PPCRConfig
     tokenizer: PromptTokenizer
     embedding: npt.NDArray[np.float32] | RowTable
+    glossary: Glossary | None = None
 
     @property
     def rotary(self) -> Rotary:
@@ -72,7 +75,8 @@ class Bundle:
         config = _read_config(root / PREPROCESS)
         tokenizer = tokenizer_of(config, root / TOKENIZER)
         embedding = _read_embedding(root / EMBEDDING, manifest)
-        return cls(root, manifest, chosen, graphs, config, tokenizer, embedding)
+        glossary = Glossary.load(root / DRAFTS) if DRAFTS in manifest.files else None
+        return cls(root, manifest, chosen, graphs, config, tokenizer, embedding, glossary)
 
 
 def _read_config(path: Path) -> PPCRConfig:

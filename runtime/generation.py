@@ -1,15 +1,15 @@
-"""Turn-level decoding: greedy, within a constraint, forced tokens without a forward pass of their own."""
+"""Turn-level decoding: greedy, within a constraint; forced and rightly guessed tokens take no step each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ppcr.constraint import Constraint
-from runtime.session import Context, Features, Float32Array, TurnContext
+from ppcr.constraint import Constraint, Cursor
+from runtime.session import Context, Features, Float32Array, TurnContext, VerifyingContext
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,18 @@ class Turn:
         tokens: the answer's ids.
         unread: tokens of the conversation that are not in the cache yet: the end of the answer. The next turn
             begins with them, so that they cost no forward pass of their own.
-        forward_calls: blocks run; fed_tokens: tokens in them; reused_tokens: tokens the cache already held.
+        forward_calls: blocks run; reused_tokens: tokens the cache already held.
+        length: tokens of the conversation that are in the cache now.
+        drafted: tokens of the draft that were read; accepted: those that the model would have written itself.
     """
 
     tokens: tuple[int, ...]
     unread: tuple[int, ...]
     forward_calls: int
-    fed_tokens: int
     reused_tokens: int
+    length: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 def generate(
@@ -38,6 +42,7 @@ def generate(
     features: Features | None = None,
     max_tokens: int | None = None,
     meanwhile: Callable[[], None] | None = None,
+    draft: Sequence[int] = (),
 ) -> Turn:
     """Feed ``prompt``, then decode the most likely answer that ``constraint`` allows, token by token.
 
@@ -46,6 +51,10 @@ def generate(
     the last decision is not fed at all. ``features`` belong to image tokens in ``prompt``. ``meanwhile`` is
     called once, after the first block: what it starts runs beside the steps, which leave processors idle.
 
+    ``draft`` is a guess at the answer or its beginning (speculative decoding): on a context that can say what
+    comes after each token of a block, it is read with the prompt, and kept as far as it is what the model
+    would have written. The answer is the same with any draft.
+
     Raises:
         ValueError: the answer could be longer than ``max_tokens``, or the context is too short.
     """
@@ -53,32 +62,55 @@ def generate(
         raise ValueError(f"the constraint allows {constraint.max_tokens} tokens, more than {max_tokens}")
     if isinstance(context, TurnContext):
         return context.answer(prompt, constraint, features=features, meanwhile=meanwhile)
-    speech = speak(prompt, constraint, context.length)
+    verifying = context if isinstance(context, VerifyingContext) and context.can_verify else None
+    speech = speak(prompt, constraint, context.length, draft if verifying else ())
     logits: Float32Array | None = None
     while True:
         try:
-            block = speech.send(logits)
+            part = speech.send(logits)
         except StopIteration as end:
             turn: Turn = end.value
+            context.truncate(turn.length)
             return turn
-        logits, features = context.extend(block, features), None
+        context.truncate(part.start)
+        if part.guesses and verifying is not None:
+            logits = verifying.verify(part.tokens, part.guesses, features)
+        else:
+            logits = context.extend(part.tokens, features)[None]
+        features = None
         if meanwhile is not None:
             meanwhile()
             meanwhile = None
 
 
-Speech = Generator[list[int], Float32Array | None, Turn]
-"""Yields each block to be read, is sent the logits f32 [vocabulary] after it, and returns the turn."""
+@dataclass(frozen=True)
+class Part:
+    """What is to be read next.
+
+    Attributes:
+        tokens: of the block. guesses: how many of its last ones are guesses at the answer.
+        start: where it begins. What the cache holds from there on were wrong guesses, to be forgotten first.
+    """
+
+    tokens: list[int]
+    start: int
+    guesses: int = 0
 
 
-def speak(prompt: Sequence[int], constraint: Constraint, reused: int) -> Speech:
+Speech = Generator[Part, Float32Array | None, Turn]
+"""Yields each part to be read, is sent the logits f32 [1 + guesses, vocabulary] after the last token that is
+no guess and after each guess, and returns the turn."""
+
+
+def speak(prompt: Sequence[int], constraint: Constraint, reused: int, draft: Sequence[int] = ()) -> Speech:
     """The turn of `generate` as what is to be read, for one that reads it: alone, or with other turns.
 
     reused: tokens that the cache holds already.
     """
     cursor = constraint.start()
     pending, answer = list(prompt), list[int]()
-    calls = fed = 0
+    calls = drafted = accepted = 0
+    length = reused
     while not cursor.done:
         forced = cursor.forced()
         if forced:
@@ -87,14 +119,32 @@ def speak(prompt: Sequence[int], constraint: Constraint, reused: int) -> Speech:
             answer.extend(forced)
             pending.extend(forced)
             continue
-        logits = yield pending
+        guess = _allowed_part(cursor, draft[len(answer) :])
+        logits = yield Part([*pending, *guess], length, len(guess))
         assert logits is not None
-        calls, fed = calls + 1, fed + len(pending)
-        token = best(logits, cursor.allowed())
-        cursor.advance(token)
-        answer.append(token)
-        pending = [token]
-    return Turn(tuple(answer), tuple(pending), calls, fed, reused)
+        calls, length, drafted = calls + 1, length + len(pending), drafted + len(guess)
+        for expected, row in zip([*guess, None], logits, strict=True):
+            token = best(row, cursor.allowed())
+            cursor.advance(token)
+            answer.append(token)
+            if token != expected:
+                break
+            accepted, length = accepted + 1, length + 1
+        pending, draft = [token], ()
+    return Turn(tuple(answer), tuple(pending), calls, reused, length, drafted, accepted)
+
+
+def _allowed_part(cursor: Cursor, draft: Sequence[int]) -> list[int]:
+    """The beginning of ``draft`` that is allowed from here on, at least a decision short of the end."""
+    ahead, part = replace(cursor), list[int]()
+    for token in draft:
+        if token not in ahead.allowed():
+            break
+        ahead.advance(token)
+        if ahead.done:
+            break
+        part.append(token)
+    return part
 
 
 def best(logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.int64]) -> int:

@@ -69,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--checkpoint", metavar="DIR", help="what the bundle was made from, for engines that read its weights"
     )
+    made.add_argument(
+        "--no-drafts", action="store_true", help="have stage 1 written word by word (slower, same answer)"
+    )
     made.add_argument("--threads", type=int, metavar="N", help="processors to use (default: all)")
     return made
 
@@ -106,6 +109,7 @@ def _infer(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         engine=arguments.engine,
         checkpoint=arguments.checkpoint,
+        drafts=not arguments.no_drafts,
     ) as pipeline:
         scene = pipeline.open(arguments.image)
         results = _segment(scene, arguments)
@@ -144,9 +148,12 @@ def table(result: Result) -> str:
         f"  {name:<9} {1e3 * t.wall:>8.2f} {1e3 * t.device:>11.2f}" for name, t in result.timings.items()
     ]
     costs = result.costs
+    drafted = (
+        f", {costs.accepted_tokens} of {costs.drafted_tokens} guesses right" if costs.drafted_tokens else ""
+    )
     lines.append(
-        f"{costs.tokens} tokens in {costs.forward_calls} forward calls, {costs.reused_tokens} tokens reused; "
-        f"{_engine(result.engine)}"
+        f"{costs.tokens} tokens in {costs.forward_calls} forward calls{drafted}, "
+        f"{costs.reused_tokens} tokens reused; {_engine(result.engine)}"
     )
     passed_over = result.engine["passed_over"]
     assert isinstance(passed_over, list)  # of all the facts the only one that is

@@ -50,14 +50,22 @@ class OnnxBranches:
         """Tokens of a branch, the image's and all before it included."""
         return self._layout.length(branch)
 
-    def extend(self, parts: Mapping[int, Sequence[int]]) -> Float32Array:
-        """Read on in some branches; logits f32 [n, vocabulary] after each part, in their order."""
+    def truncate(self, branch: int, length: int) -> None:
+        """Forget everything of a branch from position ``length`` on."""
+        self._layout.truncate(branch, length)
+
+    def extend(
+        self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None
+    ) -> Float32Array:
+        """Read on in some branches; logits f32 [sum of 1 + guesses, vocabulary] at the end of each part."""
         if any(self._image_token in tokens for tokens in parts.values()):
             raise ValueError("image tokens belong to what all branches begin with")
-        block = self._layout.place(parts)
+        block = self._layout.place(parts, guesses)
         self._reserve(block.start, block.mask.shape[1])
         count, tables = len(block.ids), self._tables
         session, binding = self._bindings[count == 1]
+        if len(block.last) > len(self._logits):
+            self._logits = np.zeros((len(block.last), self._shapes.vocabulary), np.float32)
         answer = self._logits[: len(block.last)]
         added = np.zeros((1, count, self._shapes.hidden), self._floats)
         fed = {

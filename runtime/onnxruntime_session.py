@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -236,11 +237,20 @@ class OnnxContext(FilledContext):
         """Tokens the cache can hold."""
         return self._capacity
 
-    @property
+    @cached_property
     def can_branch(self) -> bool:
         """Whether the graph answers for several tokens of a block, on a cache of any length."""
-        inputs = {value.name: value.shape for value in self._decoder.get_inputs()}
-        return not any(isinstance(size, int) for size in (inputs["logits_index"][0], inputs["k_cache_0"][2]))
+        return self.can_verify and not self._is_fixed("k_cache_0", 2)
+
+    @cached_property
+    def can_verify(self) -> bool:
+        """Whether the graph answers for several tokens of a block."""
+        return not self._is_fixed("logits_index", 0)
+
+    def _is_fixed(self, name: str, axis: int) -> bool:
+        return any(
+            value.name == name and isinstance(value.shape[axis], int) for value in self._decoder.get_inputs()
+        )
 
     def branch(self, count: int) -> OnnxBranches:
         """``count`` conversations that begin with what this one holds, on a cache of their own."""
@@ -261,16 +271,40 @@ class OnnxContext(FilledContext):
 
     def extend(self, token_ids: Sequence[int], features: Float32Array | None = None) -> Float32Array:
         """Run a block; logits f32 [vocabulary] after its last token, overwritten by the next call."""
+        count, start = len(token_ids), self._begin(token_ids)
+        if count == 1 and features is None and token_ids[0] != self._image_token:
+            self._run_single(token_ids[0], start)
+        else:
+            self._last[0] = count - 1
+            self._run_block(np.asarray(token_ids, np.int64), start, features)
+        self._length = start + count
+        return self._logits[0, 0]
+
+    def verify(
+        self, token_ids: Sequence[int], guesses: int, features: Float32Array | None = None
+    ) -> Float32Array:
+        """Run a block; logits f32 [1 + guesses, vocabulary] after the last token that is no guess, and on."""
+        count, start = len(token_ids), self._begin(token_ids)
+        if not 0 <= guesses < count:
+            raise ValueError(f"{guesses} guesses in a block of {count} tokens: one at least is none")
+        answers = np.zeros((1, 1 + guesses, self._shapes.vocabulary), np.float32)
+        self._block.bind_cpu_input("logits_index", np.arange(count - 1 - guesses, count))
+        self._block.bind_ortvalue_output("logits", Value.ortvalue_from_numpy(answers))
+        try:
+            self._run_block(np.asarray(token_ids, np.int64), start, features)
+        finally:
+            self._block.bind_cpu_input("logits_index", self._last)
+            self._block.bind_ortvalue_output("logits", self._answer)
+        self._length = start + count
+        return answers[0]
+
+    def _begin(self, token_ids: Sequence[int]) -> int:
+        """Where these tokens go. Raises ValueError when they do not fit."""
         count, start = len(token_ids), self._length
         if not 0 < count <= self._capacity - start:
             raise ValueError(f"{count} tokens do not fit after {start} of a context of {self._capacity}")
         self._at[0] = start
-        if count == 1 and features is None and token_ids[0] != self._image_token:
-            self._run_single(token_ids[0], start)
-        else:
-            self._run_block(np.asarray(token_ids, np.int64), start, features)
-        self._length = start + count
-        return self._logits[0, 0]
+        return start
 
     def _run_single(self, token: int, start: int) -> None:
         step = self._step
@@ -292,7 +326,6 @@ class OnnxContext(FilledContext):
         if features is not None:
             embeds[places] = features if features.ndim == 2 else features[0]
             levels[:, places] = features[1:] if features.ndim == 3 else 0
-        self._last[0] = count - 1
         binding = self._block
         binding.bind_cpu_input("inputs_embeds", embeds[None])
         binding.bind_cpu_input("rope_cos", self._cos[None, rows])

@@ -25,6 +25,7 @@ from runtime.openvino_segmenter import OpenVinoSegmenter
 from runtime.openvino_step import ROWS, Step, StepGraphs
 from runtime.positions import Tables
 from runtime.session import Float32Array, Sessions
+from runtime.threads import Threads
 
 # Graphs at these precisions compute in fp32, with operators that OpenVINO reads.
 _READABLE = ("fp32", "int8")
@@ -39,9 +40,7 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
         EngineError: bf16 is asked for, and this processor has no instructions for it.
     """
     core = Core()
-    half = precision == "bf16"
-    if half and not has_bf16(core):
-        raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")
+    half = _is_half(core, precision)
     plan = plan_threads(bundle, threads)
     path = bundle.graphs["decoder"]
     # Weights in files of their own belong to models too large to be held twice.
@@ -53,6 +52,19 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     mllm = OpenVinoMLLM(towers, load_decoder(bundle, threads=threads), bundle, steps)
     segmenter = OpenVinoSegmenter(core, bundle, plan, bf16=half)
     return Sessions(mllm, segmenter, precision="bf16" if half else bundle.precision)
+
+
+def load_segmenter(bundle: Bundle, *, threads: int, precision: str = AUTO) -> OpenVinoSegmenter:
+    """The segmenter alone, every graph with all ``threads``. Raises as `load` does."""
+    core = Core()
+    return OpenVinoSegmenter(core, bundle, Threads(*[threads] * 5), bf16=_is_half(core, precision))
+
+
+def _is_half(core: Core, precision: str) -> bool:
+    half = precision == "bf16"
+    if half and not has_bf16(core):
+        raise EngineError("this processor has no bfloat16 instructions: use --precision fp32")
+    return half
 
 
 class OpenVinoMLLM(OnnxMLLM):

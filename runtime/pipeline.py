@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Pipeline:
         threads: int | None = None,
         engine: str = AUTO,
         checkpoint: str | os.PathLike[str] | None = None,
+        drafts: bool = True,
     ) -> Pipeline:
         """Read and check a bundle, and start an engine with it.
 
@@ -88,6 +90,8 @@ class Pipeline:
                 starts here. One that looked usable and does not start is told by one RuntimeWarning.
             checkpoint: the folder that the bundle was made from, for engines that read its weights; default:
                 the checkpoint that comes with the package, where the bundle was made from that.
+            drafts: guess stage 1's answer from the words where the bundle has a glossary (`ppcr.drafts`), and
+                have the MLLM check the guess instead of writing word by word. Answers are the same.
 
         Raises:
             BundleError, EngineError, UsageError: each says what to do.
@@ -96,7 +100,7 @@ class Pipeline:
         source = None if checkpoint is None else Path(checkpoint)
         started = load(bundle, engine, precision=precision, threads=count, checkpoint=source)
         return cls(
-            started.bundle,
+            started.bundle if drafts else replace(started.bundle, glossary=None),
             started.sessions,
             threads=count,
             engine=started.candidate.name,

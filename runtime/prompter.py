@@ -118,7 +118,8 @@ class Prompter:
         tokenizer, turns = self._tokenizer, list[Turn]()
         semantic, spatial = request.semantic, request.spatial
         if semantic is None:
-            turn = yield Ask("semantic", request.ids, tokenizer.semantic_constraint, afresh=True)
+            draft = self._draft(request.expression)
+            turn = yield Ask("semantic", request.ids, tokenizer.semantic_constraint, afresh=True, draft=draft)
             assert turn is not None
             turns.append(turn)
             semantic, before = tokenizer.semantic(turn.tokens), turn.unread
@@ -140,9 +141,16 @@ class Prompter:
 
     def _read(self, context: Context, ask: Ask) -> Turn:
         if not ask.afresh:
-            return generate(context, ask.tokens, ask.constraint)
+            return generate(context, ask.tokens, ask.constraint, draft=ask.draft)
         prompt, features = self._from_image(context, ask.tokens)
-        return generate(context, prompt, ask.constraint, features=features, meanwhile=self._meanwhile)
+        return generate(
+            context, prompt, ask.constraint, features=features, meanwhile=self._meanwhile, draft=ask.draft
+        )
+
+    def _draft(self, expression: str) -> tuple[int, ...]:
+        """A guess at stage 1's answer, () where the bundle has no glossary."""
+        glossary = self._bundle.glossary
+        return tuple(self._tokenizer.encode(glossary.draft(expression))) if glossary else ()
 
     def _ready(self, request: Request, watch: Stopwatch) -> Context:
         """A context with room for both turns; the image's features are there."""
@@ -160,6 +168,7 @@ class Prompter:
         given = 0 if semantic is None else len(tokenizer.encode(semantic.text))
         written = given or tokenizer.semantic_constraint.max_tokens
         located = tokenizer.spatial_constraint(MAX_TARGETS).max_tokens
+        # A wrong guess at stage 1's answer is no longer than the answer may be, and forgotten before stage 2.
         return len(self._prefix) + len(request.ids) + written + len(tokenizer.between_stages) + located
 
     def _from_image(self, context: Context, ids: tuple[int, ...]) -> tuple[list[int], Features | None]:
@@ -177,4 +186,6 @@ def _costs(turns: list[Turn]) -> Costs:
         sum(len(turn.tokens) for turn in turns),
         sum(turn.forward_calls for turn in turns),
         sum(turn.reused_tokens for turn in turns),
+        sum(turn.drafted for turn in turns),
+        sum(turn.accepted for turn in turns),
     )

@@ -32,11 +32,14 @@ class Costs:
     Attributes:
         tokens: answered. forward_calls: blocks run, those that read for other expressions as well included.
         reused_tokens: that its cache already held at each turn.
+        drafted_tokens: guessed from the words and checked; accepted_tokens: those of them that were answered.
     """
 
     tokens: int = 0
     forward_calls: int = 0
     reused_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,23 @@ class TurnContext(Protocol):
         ...
 
 
+@runtime_checkable
+class VerifyingContext(Protocol):
+    """A conversation whose engine can say what comes after several tokens of a block: for drafts."""
+
+    @property
+    def can_verify(self) -> bool:
+        """Whether the bundle's decoder allows it too."""
+        ...
+
+    def verify(
+        self, token_ids: Sequence[int], guesses: int, features: Features | None = None
+    ) -> Float32Array:
+        """As `Context.extend`, with the logits f32 [1 + guesses, vocabulary] after the last of these tokens
+        that is no guess, and after each of the ``guesses`` tokens that follow it to the end."""
+        ...
+
+
 class Branches(Protocol):
     """Conversations that go on side by side from what a context held when they began. Not thread-safe."""
 
@@ -77,14 +94,23 @@ class Branches(Protocol):
         """Tokens of a branch, what all began with included."""
         ...
 
-    def extend(self, parts: Mapping[int, Sequence[int]]) -> Float32Array:
+    def extend(
+        self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None
+    ) -> Float32Array:
         """Read on in some branches, text alone, in one forward call.
 
         parts: what each of these branches reads, by its number.
+        guesses: of how many tokens at the end of its part a branch wants to know what comes after the one
+            before them as well; 0 for those that are not named.
 
-        Returns the logits f32 [n, vocabulary] after each part, in their order; the next call may overwrite
-        the array. Raises ValueError when a part is empty, holds an image token or does not fit.
+        Returns the logits f32 [sum of 1 + guesses, vocabulary] after the last token of each part, and after
+        those before it that were asked for, in order; the next call may overwrite the array. Raises
+        ValueError when a part is empty, holds an image token or does not fit.
         """
+        ...
+
+    def truncate(self, branch: int, length: int) -> None:
+        """Forget everything of a branch from position ``length`` on. Raises ValueError inside the trunk."""
         ...
 
 

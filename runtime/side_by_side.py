@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from ppcr.constraint import Constraint
-from runtime.generation import Speech, Turn, speak
+from runtime.generation import Part, Speech, Turn, speak
 from runtime.session import Branches, Float32Array
 from runtime.timing import Stopwatch
 
@@ -27,12 +27,14 @@ class Ask:
         stage: what its time counts as. tokens: what is read before the answer.
         constraint: what may be answered.
         afresh: the tokens follow the image; otherwise they follow the turn before.
+        draft: a guess at the answer (`runtime.generation.generate`).
     """
 
     stage: str
     tokens: tuple[int, ...]
     constraint: Constraint
     afresh: bool = False
+    draft: tuple[int, ...] = ()
 
 
 Conversation = Generator[Ask, Turn | None, _Answer]
@@ -40,34 +42,34 @@ Conversation = Generator[Ask, Turn | None, _Answer]
 
 
 class _Row(Generic[_Answer]):
-    """A conversation on its branch. ``block``: what it wants read next; None when it has its ``answer``."""
+    """A conversation on its branch. ``part``: what it wants read next; None when it has its ``answer``."""
 
     def __init__(self, conversation: Conversation[_Answer], branches: Branches, branch: int) -> None:
         self._conversation, self._branches, self._branch = conversation, branches, branch
         self._speech: Speech
-        self.stage, self.block = "", list[int]()
+        self.stage = ""
+        self.part: Part | None = None
         self.answer: _Answer
         self._ask(None)
 
-    @property
-    def done(self) -> bool:
-        return not self.block
-
     def hear(self, logits: Float32Array | None) -> None:
-        """Go on with the logits after ``block``."""
+        """Go on with the logits after ``part``."""
         try:
-            self.block = self._speech.send(logits)
+            self.part = self._speech.send(logits)
+            self._branches.truncate(self._branch, self.part.start)
         except StopIteration as end:
+            self._branches.truncate(self._branch, end.value.length)
             self._ask(end.value)
 
     def _ask(self, turn: Turn | None) -> None:
         try:
             ask = self._conversation.send(turn)
         except StopIteration as end:
-            self.block, self.answer = [], end.value
+            self.part, self.answer = None, end.value
             return
         self.stage = ask.stage
-        self._speech = speak(ask.tokens, ask.constraint, self._branches.length(self._branch))
+        length = self._branches.length(self._branch)
+        self._speech = speak(ask.tokens, ask.constraint, length, ask.draft)
         self.hear(None)
 
 
@@ -84,15 +86,20 @@ def converse(
     """
     rows = [_Row(one, branches, branch) for branch, one in enumerate(conversations)]
     calls = 0
-    while waiting := [branch for branch, row in enumerate(rows) if not row.done]:
+    while waiting := {branch: row.part for branch, row in enumerate(rows) if row.part is not None}:
         start = time.perf_counter()
         stages = [rows[branch].stage for branch in waiting]
-        logits = branches.extend({branch: rows[branch].block for branch in waiting})
+        logits = branches.extend(
+            {branch: part.tokens for branch, part in waiting.items()},
+            {branch: part.guesses for branch, part in waiting.items()},
+        )
         calls += 1
         if calls == 1:
             meanwhile()
-        for branch, values in zip(waiting, logits, strict=True):
-            rows[branch].hear(values)
+        first = 0
+        for branch, part in waiting.items():
+            rows[branch].hear(logits[first : first + 1 + part.guesses])
+            first += 1 + part.guesses
         share = (time.perf_counter() - start) / len(waiting)
         for branch, stage in zip(waiting, stages, strict=True):
             watches[branch].add(stage, share, share)

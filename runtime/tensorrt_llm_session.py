@@ -140,7 +140,7 @@ class TurnContext:
             if heard is not None and piece.text:
                 heard(piece.text)
         tokens = fit(self._tokenizer.encode(text), constraint, text)
-        return Turn(tokens, tokens, len(tokens), len(prompt), reused)
+        return Turn(tokens, tokens, len(tokens), reused, len(self._tokens))
 
     def _text(self) -> str:
         """The conversation, its run of image tokens as the one pad that the engine's processor repeats."""

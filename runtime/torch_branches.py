@@ -26,8 +26,14 @@ class TorchBranches:
         """Tokens of a branch, the image's and all before it included."""
         return self._layout.length(branch)
 
-    def extend(self, parts: Mapping[int, Sequence[int]]) -> Float32Array:
-        """Read on in some branches; logits f32 [n, vocabulary] after each part, in their order."""
-        block = self._layout.place(parts)
+    def truncate(self, branch: int, length: int) -> None:
+        """Forget everything of a branch from position ``length`` on."""
+        self._layout.truncate(branch, length)
+
+    def extend(
+        self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None
+    ) -> Float32Array:
+        """Read on in some branches; logits f32 [sum of 1 + guesses, vocabulary] at the end of each part."""
+        block = self._layout.place(parts, guesses)
         logits, self._cache = self._session.run_branches(block, self._cache, self._tables)
         return logits

@@ -94,8 +94,9 @@ class TorchDecoder:
         tables: DeviceTables,
         places: Tensor | None = None,
         features: Tensor | None = None,
+        guesses: int = 0,
     ) -> Tensor:
-        """A block of any length; logits f32 [vocabulary] after its last token.
+        """A block of any length; logits f32 [1 + guesses, vocabulary] after its last tokens.
 
         ids, at: int64 [S], tokens and their positions in the cache, which is updated in place. ``features``
         f[1 + levels, n, hidden] stand for the tokens at ``places`` int64 [n] of the block; those of the
@@ -103,7 +104,7 @@ class TorchDecoder:
         """
         mask = torch.arange(cache.shape[3], device=at.device) <= at.unsqueeze(1)
         x = self._read(ids, at, at, mask, cache, tables, places, features)
-        return self._answer(x[-1])
+        return self._answer(x[-1 - guesses :])
 
     def run_branches(
         self,
@@ -224,10 +225,21 @@ class TorchSlot:
         self._token.copy_(self._staged, non_blocking=True)
         return self._fetch(self._run_step() if self._recorded is None else self._recorded.replay())
 
-    def block(self, ids: Tensor, start: int, places: Tensor | None, features: Tensor | None) -> Tensor:
-        """Tokens int64 [S] from position ``start``; as `TorchDecoder.run`, but on the host as `step`."""
+    def block(
+        self,
+        ids: Tensor,
+        start: int,
+        places: Tensor | None,
+        features: Tensor | None,
+        guesses: int = 0,
+    ) -> Tensor:
+        """Tokens int64 [S] from position ``start``; as `TorchDecoder.run`, but on the host.
+
+        Without guesses f32 [vocabulary], overwritten as `step` does.
+        """
         at = torch.arange(start, start + len(ids), device=ids.device)
-        return self._fetch(self._decoder.run(ids, at, self._cache, self.tables, places, features))
+        logits = self._decoder.run(ids, at, self._cache, self.tables, places, features, guesses)
+        return logits.cpu() if guesses else self._fetch(logits)
 
     def snapshot(self, length: int) -> Tensor:
         """A copy of the keys and values of the first ``length`` tokens."""
@@ -238,7 +250,7 @@ class TorchSlot:
         self._cache[:, :, :, : held.shape[3]] = held
 
     def _fetch(self, logits: Tensor) -> Tensor:
-        self._answer.copy_(logits, non_blocking=True)
+        self._answer.copy_(logits[0], non_blocking=True)
         if logits.is_cuda:
             torch.cuda.current_stream().synchronize()
         return self._answer

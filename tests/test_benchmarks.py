@@ -77,7 +77,9 @@ def test_latency(root: Path, bundle: Path, checkpoint: Path) -> None:
     # The engine that is taken unasked, and onnxruntime beside it where that is another.
     taken = selection.choose(bundle)
     first = RowPlan(taken.name, taken.precision).name
-    assert set(last["by_threads"]) == {"1"} and set(last["by_threads"]["1"]) == {first, "fp32", "int8", PLAIN}
+    rows = {first, f"{first}, no drafts", "fp32", "int8", PLAIN}
+    assert set(last["by_threads"]) == {"1"} and set(last["by_threads"]["1"]) == rows
+    assert last["accepted_share"] > 0.5 and last["forward_calls"] < last["tokens"]
     assert last["speedup"] == pytest.approx(last["plain_torch_p50_s"] / last["end_to_end_p50_s"], rel=1e-2)
     assert last["second_expression_p50_s"] > 0 and last["second_expression_speedup"] > 0
     # torch alone takes more than a bundle with its engine.
@@ -102,11 +104,13 @@ def test_latency_with_everything_beside(root: Path, bundle: Path, checkpoint: Pa
     steps = {one["step"]: one for one in last["waterfall"]}
     assert steps["+ CUDA graph of the step"]["not_run"] == "needs a GPU, not run"
     run = {name: one for name, one in steps.items() if "not_run" not in one}
-    assert len(run) == 6 and run["plain torch"]["engine"] == "torch eager"
+    assert len(run) == 7 and run["plain torch"]["engine"] == "torch eager"
     kept, forced = run["+ KV cache kept"], run["+ forced literals"]
     assert forced["forward_calls"] <= kept["forward_calls"]
     # The same weights in fp32 throughout: every step draws the same masks, or nearly.
     assert kept["mean_mask_iou"] == pytest.approx(run["+ encoder beside the MLLM"]["mean_mask_iou"], abs=0.02)
+    guessed = run["+ stage 1 guessed and checked"]
+    assert guessed["forward_calls"] < forced["forward_calls"]
     assert run["+ expressions in one call"]["first"] is None
     ways = last["batch"]["ways"]
     assert last["batch"]["expressions"] == 5 and set(ways) == {"separate calls", "one scene", "one call"}
@@ -294,7 +298,7 @@ def test_prompts_of_the_segmenter_with_either_left_out(bundle: Path) -> None:
 def a_row(system: str, seconds: list[float], second: list[float], iou: float, mask: np.ndarray) -> Row:
     def a_run(taken: float) -> Run:
         stages = {"semantic": taken / 2, "encoder": taken / 4}
-        return Run(taken, taken, stages, stages, 10, 8, iou, masks.encode_rle(mask))
+        return Run(taken, taken, stages, stages, 10, 8, 4, 3, iou, masks.encode_rle(mask))
 
     row = Row(Task(system, "", "", 1), 0.5, system == PLAIN, 100.0)
     row.first = [((image, 0), a_run(taken)) for image, taken in enumerate(seconds)]
@@ -312,6 +316,7 @@ def test_figures_of_rows() -> None:
         ]
     )
     assert engine.speedup == pytest.approx(10) and engine.counts
+    assert (engine.drafted, engine.accepted) == (4, 0.75)
     assert engine.second_speedup == pytest.approx(3) and plain.second_speedup is None
     assert (engine.agreement, broken.agreement) == (1.0, 0.5)
     assert engine.stages["semantic"].p50 == pytest.approx(0.015) and "decoder" not in engine.stages

@@ -69,6 +69,44 @@ def test_every_token_sees_the_trunk_and_its_own_branch(trunk: int, calls: list[l
             assert layout.length(branch) == trunk + len(texts[branch])
 
 
+@given(st.data())
+def test_what_is_forgotten_is_seen_no_more(data: st.DataObject) -> None:
+    trunk, count = 3, 3
+    layout, stored = Layout(count, trunk, 60), dict[int, tuple[int, int]]()
+    texts: list[list[int]] = [[] for _ in range(count)]
+    for _ in range(6):
+        told = data.draw(
+            st.dictionaries(st.integers(0, count - 1), st.lists(st.integers(0, 3), min_size=1, max_size=4))
+        )
+        if told:
+            guesses = {branch: data.draw(st.integers(0, len(part) - 1)) for branch, part in told.items()}
+            block = layout.place(told, guesses)
+            last = iter(block.last.tolist())
+            stored.update(
+                {
+                    block.start + i: (int(p), int(t))
+                    for i, (p, t) in enumerate(zip(block.positions, block.ids, strict=True))
+                }
+            )
+            for branch, part in told.items():
+                before = len(texts[branch]) + len(part) - guesses[branch]
+                texts[branch] += part
+                for end in range(before, len(texts[branch]) + 1):
+                    seen = np.flatnonzero(block.mask[next(last)])[trunk:]
+                    assert sorted(stored[slot] for slot in seen) == list(
+                        enumerate(texts[branch][:end], trunk)
+                    )
+            assert next(last, None) is None
+        branch = data.draw(st.integers(0, count - 1))
+        keep = data.draw(st.integers(0, len(texts[branch])))
+        layout.truncate(branch, trunk + keep)
+        del texts[branch][keep:]
+        assert layout.length(branch) == trunk + keep
+    for wrong in (trunk - 1, layout.length(0) + 1):
+        with pytest.raises(ValueError, match="truncate"):
+            layout.truncate(0, wrong)
+
+
 def test_what_begins_alike_is_read_once() -> None:
     layout = Layout(4, 3, 50)
     block = layout.place({0: [5, 6, 7], 1: [5, 6, 8], 2: [5, 6], 3: [5, 6, 7]})
@@ -88,6 +126,8 @@ def test_parts_that_do_not_fit_are_refused_and_change_nothing() -> None:
     for wrong in refused:
         with pytest.raises(ValueError):
             layout.place(wrong)
+    with pytest.raises(ValueError):
+        layout.place({0: [1]}, {0: 1})
     assert layout.length(0) == 4 and layout.place({0: [1, 2]}).start == 4
     with pytest.raises(ValueError, match="branches"):
         Layout(0, 4, 6)
@@ -214,13 +254,16 @@ def test_a_graph_of_one_answer_says_so(tmp_path: Path) -> None:
 
 
 def talk(
-    prompt: Sequence[int], kinds: Sequence[Constraint], said: list[Turn]
+    prompt: Sequence[int],
+    kinds: Sequence[Constraint],
+    said: list[Turn],
+    drafts: Sequence[tuple[int, ...]] = ((), ()),
 ) -> Conversation[tuple[int, ...]]:
     """Turns one after the other; an answer that begins with an even token is the last, as "none" is."""
     before: tuple[int, ...] = tuple(prompt)
     tokens: tuple[int, ...] = ()
-    for number, constraint in enumerate(kinds):
-        turn = yield Ask("semantic", before, constraint, afresh=number == 0)
+    for number, (constraint, draft) in enumerate(zip(kinds, drafts, strict=True)):
+        turn = yield Ask("semantic", before, constraint, afresh=number == 0, draft=draft)
         assert turn is not None
         said.append(turn)
         tokens += turn.tokens
@@ -257,14 +300,7 @@ def test_answers_are_those_of_one_at_a_time(model: Model, engine: str, count: in
     answers = converse(branches, conversations, watches, lambda: begun.append(len(branches.calls)))
     for row, (prompt, wanted) in enumerate(zip(prompts, kinds, strict=True)):
         alone: list[Turn] = []
-        single, own = model.open(engine), talk(prompt, wanted, alone)
-        ask = next(own)
-        while True:
-            try:
-                ask = own.send(generate(single, ask.tokens, ask.constraint))
-            except StopIteration as end:
-                assert answers[row] == end.value
-                break
+        assert answers[row] == by_itself(model.open(engine), talk(prompt, wanted, alone))
         assert turns[row] == alone  # what it cost as well
         assert sum(turn.forward_calls for turn in alone) == sum(row in call for call in branches.calls)
         assert set(watches[row].stages) == {"semantic"}
@@ -275,15 +311,58 @@ def test_answers_are_those_of_one_at_a_time(model: Model, engine: str, count: in
         assert len({len(row) for row in turns}) == 2  # some stopped after the first turn
 
 
+def by_itself(context: Any, conversation: Conversation[tuple[int, ...]]) -> tuple[int, ...]:
+    """What a conversation comes to on a context of its own."""
+    turn = None
+    while True:
+        try:
+            ask = conversation.send(turn)
+        except StopIteration as end:
+            answer: tuple[int, ...] = end.value
+            return answer
+        turn = generate(context, ask.tokens, ask.constraint, draft=ask.draft)
+
+
+@engines
+def test_drafts_make_calls_fewer_and_answers_no_different(model: Model, engine: str) -> None:
+    rng, count = np.random.default_rng(), 5
+    prompts = [rng.integers(8, 192, rng.integers(1, 14)).tolist() for _ in range(count)]
+    kinds = [[constraint(rng) for _ in range(2)] for _ in range(count)]
+    plain: list[list[Turn]] = [[] for _ in range(count)]
+    answers = [
+        by_itself(model.open(engine), talk(prompt, kind, said))
+        for prompt, kind, said in zip(prompts, kinds, plain, strict=True)
+    ]
+    drafts = [[draft_of(turn, rng) for turn in said] + [()] * (2 - len(said)) for said in plain]
+    drafts[0] = [turn.tokens for turn in plain[0]] + [()] * (2 - len(plain[0]))
+    turns: list[list[Turn]] = [[] for _ in range(count)]
+    branches = Watched(model.open(engine).branch(count))
+    talks = [talk(*told) for told in zip(prompts, kinds, turns, drafts, strict=True)]
+    assert converse(branches, talks, [Stopwatch() for _ in range(count)], lambda: None) == answers
+    assert sum(turn.accepted for said in turns for turn in said) > 0
+    assert [turn.forward_calls for turn in turns[0]] == [min(1, turn.forward_calls) for turn in plain[0]]
+    for row, said in enumerate(turns):
+        alone: list[Turn] = []
+        context = model.open(engine)
+        assert by_itself(context, talk(prompts[row], kinds[row], alone, drafts[row])) == answers[row]
+        assert said == alone
+        assert context.length == branches.length(row) == alone[-1].length
+
+
+def draft_of(turn: Turn, rng: np.random.Generator) -> tuple[int, ...]:
+    """The answer up to anywhere, then anything."""
+    return (*turn.tokens[: rng.integers(0, len(turn.tokens) + 1)], *rng.integers(8, 192, 3).tolist())
+
+
 def test_scenes_expressions_of_all_kinds_have_the_masks_they_have_alone(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = list[int]()
     original = OnnxBranches.extend
 
-    def counted(self: OnnxBranches, told: Any) -> Any:
+    def counted(self: OnnxBranches, told: Any, guesses: Any = None) -> Any:
         calls.append(len(told))
-        return original(self, told)
+        return original(self, told, guesses)
 
     monkeypatch.setattr(OnnxBranches, "extend", counted)
     counts = set[int]()
@@ -306,6 +385,9 @@ class Watched:
     def length(self, branch: int) -> int:
         return self.inner.length(branch)
 
-    def extend(self, given_parts: Any) -> Any:
+    def truncate(self, branch: int, length: int) -> None:
+        self.inner.truncate(branch, length)
+
+    def extend(self, given_parts: Any, guesses: Any = None) -> Any:
         self.calls.append(list(given_parts))
-        return self.inner.extend(given_parts)
+        return self.inner.extend(given_parts, guesses)

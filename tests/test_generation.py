@@ -43,6 +43,24 @@ class FakeContext:
         self.read.extend(token_ids)
         return self.logits()
 
+    @property
+    def can_verify(self) -> bool:
+        return True
+
+    def verify(
+        self, token_ids: Sequence[int], guesses: int, features: object | None = None
+    ) -> npt.NDArray[np.float32]:
+        assert 0 <= guesses < len(token_ids)
+        self.blocks.append(tuple(token_ids))
+        self.seen_features.append(features)
+        first = len(token_ids) - guesses
+        rows = []
+        self.read.extend(token_ids[:first])
+        for token in (*token_ids[first:], None):
+            rows.append(self.logits())
+            self.read.extend([] if token is None else [token])
+        return np.stack(rows)
+
     def logits(self) -> npt.NDArray[np.float32]:
         return np.random.default_rng([self.seed, *self.read]).random(VOCABULARY, np.float32)
 
@@ -78,7 +96,7 @@ def test_answer_equals_step_by_step_decoding(constraint: Constraint, seed: int) 
     assert turn.tokens == step_by_step(constraint, seed)
     assert [*context.read, *turn.unread] == [*PROMPT, *turn.tokens]
     assert turn.forward_calls == len(context.blocks)
-    assert turn.fed_tokens == len(context.read) and turn.reused_tokens == 0
+    assert turn.length == len(context.read) and turn.reused_tokens == 0
 
 
 @given(constraints, st.integers(0, 99))
@@ -91,6 +109,56 @@ def test_a_forward_call_is_made_for_each_open_decision_and_no_other(
         decisions += not cursor.forced()
         cursor.advance(token)
     assert turn.forward_calls == decisions
+
+
+@given(
+    constraints, st.integers(0, 99), st.integers(0, 12), st.lists(st.integers(0, VOCABULARY - 1), max_size=9)
+)
+def test_a_draft_changes_what_an_answer_costs_and_nothing_else(
+    constraint: Constraint, seed: int, right: int, wrong: list[int]
+) -> None:
+    plain = generate(FakeContext(seed), PROMPT, constraint)
+    context = FakeContext(seed)
+    draft = [*plain.tokens[:right], *wrong]
+    turn = generate(context, PROMPT, constraint, draft=draft)
+    assert turn.tokens == plain.tokens
+    # Nothing of a wrong guess is left in the cache.
+    assert [*context.read, *turn.unread] == [*PROMPT, *turn.tokens] and turn.length == len(context.read)
+    assert turn.forward_calls == len(context.blocks) <= plain.forward_calls
+    assert 0 <= turn.accepted <= turn.drafted <= len(draft)
+    assert (plain.drafted, plain.accepted) == (0, 0)
+
+
+@given(st.integers(0, 99))
+def test_an_answer_that_was_guessed_takes_one_forward_call(seed: int) -> None:
+    constraint = Constraint((Free((1, 2, 3), STOP, 6), Literal((5, 6)), Choice((1, 2, 7))))
+    plain = generate(FakeContext(seed), PROMPT, constraint)
+    context = FakeContext(seed)
+    # The last decision is not guessed: it comes with what is asked about the rest.
+    for draft in (plain.tokens, plain.tokens[:-1]):
+        turn = generate(context, PROMPT, constraint, draft=draft)
+        assert turn.tokens == plain.tokens and turn.forward_calls == 1
+        assert turn.drafted == turn.accepted == len(plain.tokens) - 1
+        assert turn.unread == plain.tokens[-1:]
+        context.truncate(0)
+
+
+def test_guesses_beyond_what_is_allowed_are_not_read() -> None:
+    constraint = Constraint((Choice((1, 2)), Choice((3, 4)), Choice((5, 6))))
+    context = FakeContext()
+    turn = generate(context, PROMPT, constraint, draft=(9, 3))
+    assert turn.drafted == 0 and context.blocks[0] == PROMPT
+    context.truncate(0)
+    generate(context, PROMPT, constraint, draft=(1, 9, 5))
+    assert context.blocks[3] == (*PROMPT, 1)
+
+
+def test_a_context_that_cannot_check_a_draft_does_without() -> None:
+    constraint = Constraint((Choice((1, 2)), Choice((3, 4))))
+    context = FakeContext()
+    context.__class__ = type("Plain", (FakeContext,), {"can_verify": False})
+    turn = generate(context, PROMPT, constraint, draft=(1, 3))
+    assert turn.forward_calls == 2 and turn.drafted == 0
 
 
 def test_a_forced_run_is_one_block_with_the_token_before_it() -> None:

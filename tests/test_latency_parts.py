@@ -233,7 +233,7 @@ def test_rows_are_what_can_be_tried(random_held: Bundle) -> None:
 def a_row(task: Task, seconds: list[float]) -> Row:
     """Images of as many runs as there are ``seconds``, twice."""
     mask = masks.encode_rle(np.ones((2, 2), np.bool_))
-    runs = [Run(taken, taken, {"semantic": taken}, {}, 9, 7, 0.5, mask) for taken in seconds]
+    runs = [Run(taken, taken, {"semantic": taken}, {}, 9, 7, 0, 0, 0.5, mask) for taken in seconds]
     row = Row(task, 0.1, False, 50.0, engine={"engine": "fake", "precision": "fp32"})
     for image in (0, 1):
         row.first.append(((image, 0), runs[0]))
@@ -249,25 +249,26 @@ def test_the_waterfall_lists_every_step(tmp_path: Path) -> None:
         "+ CUDA graph of the step", "+ fp16, bf16 or fp8 on a GPU",
     ]  # fmt: skip
     run = [task for task in tasks.values() if task is not None]
-    assert len({task.system for task in run}) == len(run) == 7
+    assert len({task.system for task in run}) == len(run) == 8
     assert run[0].kind == PLAIN and run[0].source == str(tmp_path / "c")
-    assert [(task.overlap, task.together, task.precision) for task in run[3:]] == [
-        (False, False, "fp32"), (True, False, "fp32"), (True, True, "fp32"), (True, True, "int8"),
+    assert [(task.drafts, task.overlap, task.together, task.precision) for task in run[3:]] == [
+        (False, False, False, "fp32"), (True, False, False, "fp32"), (True, True, False, "fp32"),
+        (True, True, True, "fp32"), (True, True, True, "int8"),
     ]  # fmt: skip
     found = [
         waterfall.figures("plain torch", a_row(run[0], [0.4])),
-        waterfall.figures("+ encoder beside the MLLM", a_row(run[4], [0.2, 0.1, 0.05, 0.05])),
-        waterfall.figures("+ expressions in one call", a_row(run[5], [0.04] * 4), judged=False),
+        waterfall.figures("+ encoder beside the MLLM", a_row(run[5], [0.2, 0.1, 0.05, 0.05])),
+        waterfall.figures("+ expressions in one call", a_row(run[6], [0.04] * 4), judged=False),
     ]
     assert found[0].each.p50 == 0.4 and found[1].each.p50 == pytest.approx(0.1)
     assert found[1].first is not None and found[1].first.p50 == 0.2 and found[2].first is None
     lines = waterfall.table(listed, found, {"+ int8": "no such engine"})
     assert len(lines) == 2 + len(listed)
-    assert "2.00x" in lines[7] and "4.00x" in lines[7] and "50.00" in lines[7]
-    assert lines[6].endswith(waterfall.NOT_RUN) and lines[9].endswith("no such engine")
+    assert "2.00x" in lines[8] and "4.00x" in lines[8] and "50.00" in lines[8]
+    assert lines[6].endswith(waterfall.NOT_RUN) and lines[10].endswith("no such engine")
     told = waterfall.to_json(listed, found, {})
-    assert [("not_run" in one) for one in told] == [False, True, True, True, True, False, False, True, True]
-    assert told[6]["mean_mask_iou"] is None and json.loads(json.dumps(told)) == told
+    assert [("not_run" in one) for one in told] == [False, *[True] * 5, False, False, True, True]
+    assert told[7]["mean_mask_iou"] is None and json.loads(json.dumps(told)) == told
 
 
 def test_with_one_thread_nothing_runs_beside_the_mllm(tmp_path: Path) -> None:

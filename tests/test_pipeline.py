@@ -133,9 +133,9 @@ def test_expressions_share_forward_calls(plain: Pipeline, monkeypatch: pytest.Mo
     blocks: list[list[int]] = []
     original = OnnxBranches.extend
 
-    def noted(self: OnnxBranches, parts: Any) -> Any:
+    def noted(self: OnnxBranches, parts: Any, guesses: Any = None) -> Any:
         blocks.append(list(parts))
-        return original(self, parts)
+        return original(self, parts, guesses)
 
     monkeypatch.setattr(OnnxBranches, "extend", noted)
     results = plain.open(factory.picture(8)).segment_many(PHRASES[: SIDE_BY_SIDE + 3])

@@ -20,9 +20,11 @@ from torch import nn
 
 from ppcr.checkpoint import Checkpoint
 from ppcr.config import MLLMConfig, PPCRConfig, SegmenterConfig
+from ppcr.data.glossary import glossary
 from ppcr.errors import CheckpointError, run_cli
 from ppcr.files import atomic_directory, write_json
 from ppcr.int8 import snap
+from ppcr.manifest import DRAFTS
 from ppcr.model.checkpoint import load_mllm, save_mllm
 from ppcr.model.reference import ReferencePipeline
 from ppcr.model.segmenter import Segmenter
@@ -64,6 +66,7 @@ def package(
             shutil.copyfile(mllm / file, beside / "mllm" / file)
         mask_model.save(beside / "segmenter", half=True)
         write_json(beside / "config.json", config.to_dict())
+        glossary().save(beside / DRAFTS)
         if (output / CARD).is_file():
             shutil.copyfile(output / CARD, beside / CARD)
         for path in beside.rglob("*"):
