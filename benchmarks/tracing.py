@@ -27,6 +27,7 @@ from runtime.session import (
     Prompts,
     SegmenterSession,
     TurnContext,
+    VerifyingContext,
 )
 
 MLLM, ENCODER, HOST = "MLLM", "image encoder", "mask decoder and host"
@@ -122,7 +123,22 @@ class RecordedContext:
         with self._recorder.event(MLLM, stage, calls=1, tokens=len(token_ids)):
             return self._inner.extend(token_ids, features)
 
+    @property
+    def can_verify(self) -> bool:
+        return isinstance(self._inner, VerifyingContext) and self._inner.can_verify
+
+    def verify(
+        self, token_ids: Sequence[int], guesses: int, features: Features | None = None
+    ) -> Float32Array:
+        """A guess is of the first stage, and may have the request of the second after it."""
+        with self._recorder.event(MLLM, "semantic", calls=1, tokens=len(token_ids)):
+            logits = cast(VerifyingContext, self._inner).verify(token_ids, guesses, features)
+        self._stage_of(token_ids)
+        return logits
+
     def truncate(self, length: int) -> None:
+        if length < self._inner.length:  # the guess was wrong: the request has yet to come
+            self._stage = "semantic"
         self._inner.truncate(length)
 
     def _stage_of(self, token_ids: Sequence[int]) -> str:

@@ -3,7 +3,7 @@
 A trained MLLM writes the same few canonical words for the many wordings it has learned. A glossary lists
 both, so that most answers can be guessed before the model runs; it then checks a whole guess in one forward
 call instead of writing it token by token. What it would have written otherwise decides: a wrong guess costs
-time and changes nothing. The count is never guessed, since it is read off the image.
+time and changes nothing. So does the guess that a single thing is asked for and there.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Glossary:
         attributes: kinds of attributes ("size", "color", …), in the order in which an answer tells them.
         wordings: what it stands for (one of these kinds or of this module's constants), canonical words,
             wording without articles; a wording may have several meanings.
+        several: words of expressions that ask for more than one.
         pairs: relations to two landmarks, told as "A and B".
         anything: category of an answer where none was named.
     """
 
     attributes: tuple[str, ...]
     wordings: tuple[tuple[str, str, str], ...]
+    several: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
     anything: str = "object"
     format: int = FORMAT
@@ -70,16 +72,22 @@ class Glossary:
         write_json(path, dataclasses.asdict(self))
 
     def draft(self, expression: str) -> str:
-        """The semantic prompt up to its count, "category; attributes; relation;", or "" for no idea.
+        """The semantic prompt, "category; attributes; relation; one", or "" for no idea.
+
+        Without the count where several are asked for: how many there are is read off the image.
 
         Raises ExpressionError as `ppcr.prompts.clean_expression` does.
         """
-        items = list(self._items(clean_expression(expression)))
+        text = clean_expression(expression)
+        items = list(self._items(text))
         if not any(item.keys() - {NOT, AND, SKIP} for item in items):
             return ""
         phrase = _Reader(items, self).phrase()
         told = (phrase.category or self.anything, " ".join(phrase.properties), phrase.relation)
-        return SemanticPrompt(*told).text.rpartition(SEPARATOR)[0] + SEPARATOR
+        guess = SemanticPrompt(*told).text
+        if not self._several.isdisjoint(_WORD.findall(text)):
+            guess = guess.rpartition(SEPARATOR)[0] + SEPARATOR
+        return guess
 
     def _items(self, text: str) -> Iterator[Mapping[str, str]]:
         """The meanings of each wording in the text, the longest first; other words are passed over."""
@@ -101,6 +109,10 @@ class Glossary:
         for kind, canonical, wording in self.wordings:
             found.setdefault(tuple(_WORD.findall(wording)), {})[kind] = canonical
         return found
+
+    @cached_property
+    def _several(self) -> frozenset[str]:
+        return frozenset(self.several)
 
     @cached_property
     def _longest(self) -> int:

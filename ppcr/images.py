@@ -89,8 +89,13 @@ def as_rgb(source: PathLike | Image.Image | npt.NDArray[Any], *, max_pixels: int
 
 
 def resize(image: UInt8Image, size: tuple[int, int]) -> UInt8Image:
-    """Stretch `uint8[H, W, 3]` to `size` = (height, width): Pillow's BILINEAR, antialiased when shrinking."""
+    """Stretch `uint8[H, W, 3]` to `size` = (height, width): Pillow's BILINEAR, antialiased when shrinking.
+
+    An image of that size already is given back as it is.
+    """
     height, width = size
+    if image.shape[:2] == size:
+        return image
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
@@ -212,6 +217,8 @@ def _from_array(array: npt.NDArray[Any], max_pixels: int) -> UInt8Image:
     if array.size == 0:
         raise ImageError(f"cannot use an array of shape {array.shape} as an image: it has no pixels")
     if array.dtype == np.uint8:
+        if array.shape[2] == 3:
+            return np.array(array, order="C")
         values = np.ascontiguousarray(array)
     elif array.dtype == np.uint16:
         values = _eight_bit(array)

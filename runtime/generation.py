@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ class Turn:
         forward_calls: blocks run; reused_tokens: tokens the cache already held.
         length: tokens of the conversation that are in the cache now.
         drafted: tokens of the draft that were read; accepted: those that the model would have written itself.
+        ahead: the logits f32 [vocabulary] after ``onward`` (see `generate`), where that was read as well.
     """
 
     tokens: tuple[int, ...]
@@ -32,6 +33,7 @@ class Turn:
     length: int
     drafted: int = 0
     accepted: int = 0
+    ahead: Float32Array | None = field(default=None, compare=False)
 
 
 def generate(
@@ -43,6 +45,8 @@ def generate(
     max_tokens: int | None = None,
     meanwhile: Callable[[], None] | None = None,
     draft: Sequence[int] = (),
+    onward: Sequence[int] = (),
+    first: Float32Array | None = None,
 ) -> Turn:
     """Feed ``prompt``, then decode the most likely answer that ``constraint`` allows, token by token.
 
@@ -55,6 +59,10 @@ def generate(
     comes after each token of a block, it is read with the prompt, and kept as far as it is what the model
     would have written. The answer is the same with any draft.
 
+    ``onward`` is what the conversation goes on with after an answer as guessed. It is read along with a draft
+    of the whole answer; if all of that was right, the turn has the logits ``ahead``. They are what the next
+    turn, whose prompt is empty then, takes as ``first``: it saves that turn's first forward call.
+
     Raises:
         ValueError: the answer could be longer than ``max_tokens``, or the context is too short.
     """
@@ -63,7 +71,7 @@ def generate(
     if isinstance(context, TurnContext):
         return context.answer(prompt, constraint, features=features, meanwhile=meanwhile)
     verifying = context if isinstance(context, VerifyingContext) and context.can_verify else None
-    speech = speak(prompt, constraint, context.length, draft if verifying else ())
+    speech = speak(prompt, constraint, context.length, draft if verifying else (), onward, first)
     logits: Float32Array | None = None
     while True:
         try:
@@ -102,10 +110,17 @@ Speech = Generator[Part, Float32Array | None, Turn]
 no guess and after each guess, and returns the turn."""
 
 
-def speak(prompt: Sequence[int], constraint: Constraint, reused: int, draft: Sequence[int] = ()) -> Speech:
+def speak(
+    prompt: Sequence[int],
+    constraint: Constraint,
+    reused: int,
+    draft: Sequence[int] = (),
+    onward: Sequence[int] = (),
+    first: Float32Array | None = None,
+) -> Speech:
     """The turn of `generate` as what is to be read, for one that reads it: alone, or with other turns.
 
-    reused: tokens that the cache holds already.
+    reused: tokens that the cache holds already. The rest is as `generate` has it.
     """
     cursor = constraint.start()
     pending, answer = list(prompt), list[int]()
@@ -119,32 +134,49 @@ def speak(prompt: Sequence[int], constraint: Constraint, reused: int, draft: Seq
             answer.extend(forced)
             pending.extend(forced)
             continue
-        guess = _allowed_part(cursor, draft[len(answer) :])
-        logits = yield Part([*pending, *guess], length, len(guess))
-        assert logits is not None
-        calls, length, drafted = calls + 1, length + len(pending), drafted + len(guess)
-        for expected, row in zip([*guess, None], logits, strict=True):
+        guess = list[int]()
+        if first is not None and not pending:
+            rows = first[None]
+        else:
+            guess, whole = _allowed_part(cursor, draft[len(answer) :], bool(onward))
+            more = [*guess, *onward] if whole else guess
+            logits = yield Part([*pending, *more], length, len(more))
+            assert logits is not None
+            rows, calls, length = logits, calls + 1, length + len(pending)
+        first, drafted = None, drafted + len(guess)
+        for expected, row in zip(guess, rows, strict=False):
             token = best(row, cursor.allowed())
             cursor.advance(token)
             answer.append(token)
             if token != expected:
                 break
             accepted, length = accepted + 1, length + 1
+        else:
+            if cursor.done:  # the guess was right to the end, and what comes after it has been read
+                ahead, length = rows[-1].copy(), length + len(onward)
+                return Turn(tuple(answer), (), calls, reused, length, drafted, accepted, ahead)
+            token = best(rows[len(guess)], cursor.allowed())
+            cursor.advance(token)
+            answer.append(token)
         pending, draft = [token], ()
     return Turn(tuple(answer), tuple(pending), calls, reused, length, drafted, accepted)
 
 
-def _allowed_part(cursor: Cursor, draft: Sequence[int]) -> list[int]:
-    """The beginning of ``draft`` that is allowed from here on, at least a decision short of the end."""
+def _allowed_part(cursor: Cursor, draft: Sequence[int], to_the_end: bool) -> tuple[list[int], bool]:
+    """The beginning of ``draft`` that is allowed from here on, and whether it completes the answer.
+
+    It stops short of the last token unless ``to_the_end``: where nothing is read beyond, that token would be
+    read for nothing.
+    """
     ahead, part = replace(cursor), list[int]()
     for token in draft:
         if token not in ahead.allowed():
             break
         ahead.advance(token)
         if ahead.done:
-            break
+            return ([*part, token], True) if to_the_end else (part, False)
         part.append(token)
-    return part
+    return part, False
 
 
 def best(logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.int64]) -> int:

@@ -118,8 +118,14 @@ class Prompter:
         tokenizer, turns = self._tokenizer, list[Turn]()
         semantic, spatial = request.semantic, request.spatial
         if semantic is None:
-            draft = self._draft(request.expression)
-            turn = yield Ask("semantic", request.ids, tokenizer.semantic_constraint, afresh=True, draft=draft)
+            turn = yield Ask(
+                "semantic",
+                request.ids,
+                tokenizer.semantic_constraint,
+                afresh=True,
+                draft=self._draft(request.expression),
+                onward=tuple(tokenizer.between_stages) if spatial is None else (),
+            )
             assert turn is not None
             turns.append(turn)
             semantic, before = tokenizer.semantic(turn.tokens), turn.unread
@@ -132,8 +138,9 @@ class Prompter:
             spatial = SpatialPrompt.empty()
         if spatial is None:
             constraint = tokenizer.spatial_constraint(semantic.count)
-            prompt = (*before, *tokenizer.between_stages)
-            turn = yield Ask("spatial", prompt, constraint, afresh=not turns)
+            first = turns[0].ahead if turns else None
+            prompt = (*before, *tokenizer.between_stages) if first is None else ()
+            turn = yield Ask("spatial", prompt, constraint, afresh=not turns, first=first)
             assert turn is not None
             turns.append(turn)
             spatial = tokenizer.spatial(turn.tokens, self._size)
@@ -141,10 +148,16 @@ class Prompter:
 
     def _read(self, context: Context, ask: Ask) -> Turn:
         if not ask.afresh:
-            return generate(context, ask.tokens, ask.constraint, draft=ask.draft)
+            return generate(context, ask.tokens, ask.constraint, draft=ask.draft, first=ask.first)
         prompt, features = self._from_image(context, ask.tokens)
         return generate(
-            context, prompt, ask.constraint, features=features, meanwhile=self._meanwhile, draft=ask.draft
+            context,
+            prompt,
+            ask.constraint,
+            features=features,
+            meanwhile=self._meanwhile,
+            draft=ask.draft,
+            onward=ask.onward,
         )
 
     def _draft(self, expression: str) -> tuple[int, ...]:

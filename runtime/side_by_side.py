@@ -27,7 +27,7 @@ class Ask:
         stage: what its time counts as. tokens: what is read before the answer.
         constraint: what may be answered.
         afresh: the tokens follow the image; otherwise they follow the turn before.
-        draft: a guess at the answer (`runtime.generation.generate`).
+        draft, onward, first: as `runtime.generation.generate` has them.
     """
 
     stage: str
@@ -35,6 +35,8 @@ class Ask:
     constraint: Constraint
     afresh: bool = False
     draft: tuple[int, ...] = ()
+    onward: tuple[int, ...] = ()
+    first: Float32Array | None = None
 
 
 Conversation = Generator[Ask, Turn | None, _Answer]
@@ -69,7 +71,7 @@ class _Row(Generic[_Answer]):
             return
         self.stage = ask.stage
         length = self._branches.length(self._branch)
-        self._speech = speak(ask.tokens, ask.constraint, length, ask.draft)
+        self._speech = speak(ask.tokens, ask.constraint, length, ask.draft, ask.onward, ask.first)
         self.hear(None)
 
 

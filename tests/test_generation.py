@@ -143,6 +143,44 @@ def test_an_answer_that_was_guessed_takes_one_forward_call(seed: int) -> None:
         context.truncate(0)
 
 
+@given(
+    constraints, constraints, st.integers(0, 99), st.integers(0, 15), st.lists(st.integers(0, 9), max_size=3)
+)
+def test_what_comes_after_a_right_guess_is_read_with_it(
+    constraint: Constraint, next_one: Constraint, seed: int, right: int, onward: list[int]
+) -> None:
+    context, plain = FakeContext(seed), FakeContext(seed)
+    answer = generate(plain, PROMPT, constraint)
+    wanted = generate(plain, [*answer.unread, *onward], next_one)
+    turn = generate(context, PROMPT, constraint, draft=answer.tokens[:right], onward=onward)
+    assert turn.tokens == answer.tokens
+    read = turn.ahead is not None
+    assert read <= (right >= len(answer.tokens) and len(onward) > 0)
+    prompt = () if read else (*turn.unread, *onward)
+    assert [*context.read, *prompt] == [*PROMPT, *turn.tokens, *onward]
+    after = generate(context, prompt, next_one, first=turn.ahead)
+    assert after.tokens == wanted.tokens
+    assert [*context.read, *after.unread] == [*plain.read, *wanted.unread]
+    assert turn.forward_calls + after.forward_calls <= answer.forward_calls + wanted.forward_calls
+
+
+def test_a_right_guess_and_what_comes_after_it_take_one_forward_call() -> None:
+    constraint = Constraint((Choice((1, 2)), Choice((3, 4))))
+    context = FakeContext()
+    answer = generate(FakeContext(), PROMPT, constraint).tokens
+    turn = generate(context, PROMPT, constraint, draft=answer, onward=(7, 8))
+    assert context.blocks == [(*PROMPT, *answer, 7, 8)] and turn.unread == () and turn.accepted == 2
+    assert turn.ahead is not None and np.array_equal(turn.ahead, context.logits())
+    after = generate(context, (), constraint, first=turn.ahead)
+    assert after.forward_calls == 1 and context.blocks[1] == after.tokens[:1]
+    # A wrong last token takes nothing with it but itself and what came after.
+    context.truncate(0)
+    wrong = (answer[0], 3 if answer[1] == 4 else 4)
+    turn = generate(context, PROMPT, constraint, draft=wrong, onward=(7, 8))
+    assert turn.tokens == answer and turn.ahead is None and turn.unread == answer[1:]
+    assert context.read == [*PROMPT, answer[0]]
+
+
 def test_guesses_beyond_what_is_allowed_are_not_read() -> None:
     constraint = Constraint((Choice((1, 2)), Choice((3, 4)), Choice((5, 6))))
     context = FakeContext()

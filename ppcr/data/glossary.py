@@ -17,12 +17,19 @@ from ppcr.errors import run_cli
 from ppcr.manifest import DRAFTS
 
 _ANYTHING = "object"
+_SEVERAL = ("all", "both", "every", "each", "any", "everything", "anything", "ones")
 
 
 def glossary() -> Glossary:
     """Of all that `ppcr.data.grammar` can say."""
     kinds = tuple(name for name, _ in FIELDS if name != "shape")
-    return Glossary(kinds, tuple(dict.fromkeys(_wordings())), pairs=(BETWEEN,), anything=_ANYTHING)
+    return Glossary(
+        attributes=kinds,
+        wordings=tuple(dict.fromkeys(_wordings())),
+        several=(*_SEVERAL, *(many for nouns in NOUNS.values() for _, many in nouns)),
+        pairs=(BETWEEN,),
+        anything=_ANYTHING,
+    )
 
 
 def _wordings() -> Iterator[tuple[str, str, str]]:
