@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ppcr.errors import BundleError, EngineError, PPCRError
 from runtime.bundle import Bundle
+from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import (
     graph_options,
     on_device,
@@ -25,7 +26,7 @@ from runtime.onnxruntime_library import (
     reraise_memory,
 )
 from runtime.onnxruntime_segmenter import OnnxSegmenter, SegmenterFeatures
-from runtime.onnxruntime_session import OnnxContext, OnnxMLLM, Towers
+from runtime.onnxruntime_session import OnnxMLLM, Towers
 from runtime.session import Float32Array, Prompts, Sessions
 
 PROVIDER = "CUDAExecutionProvider"
@@ -200,11 +201,11 @@ class DeviceCache(OnnxContext):
         self._stepper.run_with_iobinding(self._single, self._recorded)
         self._logits[...] = self._answer.numpy()
 
-    def _launch_block(self) -> None:
+    def _launch_block(self, binding: Any) -> None:
         # What goes to a GPU is copied when it is bound, not when it is run.
         for name, array in (("write_indices", self._at), ("logits_index", self._last)):
-            self._block.bind_cpu_input(name, array)
-        self._decoder.run_with_iobinding(self._block, self._plain)
+            binding.bind_cpu_input(name, array)
+        self._decoder.run_with_iobinding(binding, self._plain)
         self._logits[...] = self._answer.numpy()
 
 

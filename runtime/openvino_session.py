@@ -18,8 +18,9 @@ from ppcr.manifest import DATA, WEIGHTS, Shapes
 from ppcr.prompts import MAX_TARGETS
 from ppcr.tensors import RowTable
 from runtime.bundle import AUTO, Bundle
+from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import Session, open_graph
-from runtime.onnxruntime_session import OnnxContext, OnnxMLLM, Towers, load_decoder, plan_threads
+from runtime.onnxruntime_session import OnnxMLLM, Towers, load_decoder, plan_threads
 from runtime.openvino_library import Compiled, Core, has_bf16
 from runtime.openvino_segmenter import OpenVinoSegmenter
 from runtime.openvino_step import ROWS, Step, StepGraphs

@@ -22,8 +22,8 @@ from ppcr.tensors import TensorFiles
 from runtime.branches import Layout
 from runtime.generation import Turn, generate
 from runtime.onnxruntime_branches import OnnxBranches
+from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import open_graph
-from runtime.onnxruntime_session import OnnxContext
 from runtime.pipeline import Pipeline
 from runtime.positions import Rotary, make_tables
 from runtime.session import Branches, BranchingContext

@@ -14,7 +14,7 @@ import pytest
 from ppcr import masks
 from ppcr.errors import BundleError, EngineError
 from ppcr.int8 import fit, snap
-from runtime import onnxruntime_session
+from runtime import onnxruntime_context, onnxruntime_session
 from runtime.bundle import Bundle
 from runtime.pipeline import Pipeline
 from runtime.session import Prompts, Sessions, load_sessions
@@ -231,7 +231,7 @@ def test_a_decoder_with_weights_beside_it_is_stepped_by_onnxruntime(
     graphs = {**loaded.graphs, "decoder_weights": loaded.graphs["decoder"]}
     monkeypatch.setattr(openvino_session, "StepGraphs", None)  # not even looked at
     sessions = openvino_session.load(dataclasses.replace(loaded, graphs=graphs), threads=1)
-    assert type(sessions.mllm.open(64)) is onnxruntime_session.OnnxContext
+    assert type(sessions.mllm.open(64)) is onnxruntime_context.OnnxContext
 
 
 def test_segmenters_load_alone(loaded: Bundle, ours: Sessions) -> None:

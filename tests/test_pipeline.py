@@ -20,7 +20,7 @@ from ppcr.prompts import SemanticPrompt
 from runtime import Pipeline, Result
 from runtime.bundle import Bundle
 from runtime.onnxruntime_branches import OnnxBranches
-from runtime.onnxruntime_session import OnnxContext
+from runtime.onnxruntime_context import OnnxContext
 from runtime.prompter import SIDE_BY_SIDE
 from runtime.session import BACKENDS, load_sessions
 from runtime.timing import STAGES
