@@ -18,7 +18,7 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 UInt8Image = npt.NDArray[np.uint8]
 
-_BLOCK = 32  # results whose weights lie in one small matrix; the inputs of neighbours overlap
+_BLOCK = 16  # results whose weights lie in one small matrix; the inputs of neighbours overlap
 # Multiplications of one product: for more of them OpenBLAS starts threads, which wait for the processors that
 # the models run on.
 _PRODUCT = 1 << 18
