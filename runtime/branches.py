@@ -122,3 +122,17 @@ class Layout:
             # Attention looks at the whole cache, and growing copies it: half as much again is between both.
             wider = -(-slots * 3 // (2 * _CACHE_STEP)) * _CACHE_STEP
             self._sees = np.concatenate([self._sees, np.zeros((count, wider - held), np.bool_)], axis=1)
+
+
+class LaidOut:
+    """What `runtime.session.Branches` of every engine share: their tokens are counted in ``_layout``."""
+
+    _layout: Layout
+
+    def length(self, branch: int) -> int:
+        """Tokens of a branch, the image's and all before it included."""
+        return self._layout.length(branch)
+
+    def truncate(self, branch: int, length: int) -> None:
+        """Forget everything of a branch from position ``length`` on."""
+        self._layout.truncate(branch, length)

@@ -148,9 +148,8 @@ def table(result: Result) -> str:
         f"  {name:<9} {1e3 * t.wall:>8.2f} {1e3 * t.device:>11.2f}" for name, t in result.timings.items()
     ]
     costs = result.costs
-    drafted = (
-        f", {costs.accepted_tokens} of {costs.drafted_tokens} guesses right" if costs.drafted_tokens else ""
-    )
+    guessed = f", {costs.accepted_tokens} of {costs.drafted_tokens} guessed tokens right"
+    drafted = guessed if costs.drafted_tokens else ""
     lines.append(
         f"{costs.tokens} tokens in {costs.forward_calls} forward calls{drafted}, "
         f"{costs.reused_tokens} tokens reused; {_engine(result.engine)}"

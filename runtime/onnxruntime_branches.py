@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ppcr.manifest import Shapes
 from ppcr.tensors import RowTable
-from runtime.branches import Layout
+from runtime.branches import LaidOut, Layout
 from runtime.onnxruntime_library import Binding, Session, Value, floats_of
 from runtime.positions import Tables
 from runtime.session import Float32Array
@@ -19,7 +19,7 @@ from runtime.session import Float32Array
 Snapshot = dict[tuple[str, int], npt.NDArray[Any]]
 
 
-class OnnxBranches:
+class OnnxBranches(LaidOut):
     """`runtime.session.Branches` on a cache of its own, which grows with what is said.
 
     Args:
@@ -45,14 +45,6 @@ class OnnxBranches:
         self._cache = trunk
         self._logits = np.zeros((count, shapes.vocabulary), np.float32)
         self._bindings: list[tuple[Session, Binding]] = [(one, one.io_binding()) for one in decoders]
-
-    def length(self, branch: int) -> int:
-        """Tokens of a branch, the image's and all before it included."""
-        return self._layout.length(branch)
-
-    def truncate(self, branch: int, length: int) -> None:
-        """Forget everything of a branch from position ``length`` on."""
-        self._layout.truncate(branch, length)
 
     def extend(
         self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None

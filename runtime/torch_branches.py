@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from runtime.branches import Layout
+from runtime.branches import LaidOut, Layout
 from runtime.session import Float32Array
 from runtime.torch_decoder import DeviceTables
 
@@ -15,20 +15,12 @@ if TYPE_CHECKING:
     from runtime.torch_session import TorchMLLM
 
 
-class TorchBranches:
+class TorchBranches(LaidOut):
     """`runtime.session.Branches` on a cache of its own, which grows with what is said."""
 
     def __init__(self, session: TorchMLLM, trunk: Tensor, tables: DeviceTables, count: int) -> None:
         self._session, self._cache, self._tables = session, trunk, tables
         self._layout = Layout(count, trunk.shape[3], len(tables.cos))
-
-    def length(self, branch: int) -> int:
-        """Tokens of a branch, the image's and all before it included."""
-        return self._layout.length(branch)
-
-    def truncate(self, branch: int, length: int) -> None:
-        """Forget everything of a branch from position ``length`` on."""
-        self._layout.truncate(branch, length)
 
     def extend(
         self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None

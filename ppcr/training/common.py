@@ -205,7 +205,9 @@ class LossLog:
             return
         columns = min(3, len(series))
         lines = -(-len(series) // columns)
-        figure, axes = pyplot.subplots(lines, columns, figsize=(4.2 * columns, 2.8 * lines), squeeze=False)
+        size = (4.2 * columns, 2.8 * lines)
+        # Constrained: a tight layout of many lines draws the title over the panels.
+        figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
         for axis in axes.flat[len(series) :]:
             axis.set_visible(False)
         for axis, (name, points) in zip(axes.flat, series.items(), strict=False):
@@ -215,7 +217,6 @@ class LossLog:
             axis.set_title(name, fontsize=9)
             axis.grid(alpha=0.3)
         figure.suptitle(title)
-        figure.tight_layout()
         partial = Path(png).with_suffix(".partial.png")
         figure.savefig(partial, dpi=110)
         pyplot.close(figure)
