@@ -14,8 +14,8 @@ from pathlib import Path
 from ppcr import __version__
 
 LIBRARIES = (
-    "numpy", "Pillow", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "transformers", "triton",
-    "tensorrt", "tensorrt-rtx", "tensorrt-llm",
+    "numpy", "Pillow", "cykooz-resizer", "onnxruntime", "onnxruntime-gpu", "openvino", "torch", "torchvision",
+    "transformers", "triton", "tensorrt", "tensorrt-rtx", "tensorrt-llm",
 )  # fmt: skip
 _MIB = 1 << 20
 

@@ -50,11 +50,9 @@ class Framing:
     def pixels(self, image: UInt8Image) -> Float32Array:
         """uint8 [H, W, 3] of ``size`` to the segmenter's input, f32 [3, h, w], normalised and padded."""
         config = self.config
-        if config.family == "sam2":  # whose processor resizes with torch, the others' with Pillow
-            planes = resize_like_torch(image, self.content)
-            inner = images.normalise_planes(planes, config.mean, config.std)
-        else:
-            inner = images.normalise(images.resize(image, self.content), config.mean, config.std)
+        # SAM 2's processor resizes with torch, the others' with Pillow.
+        resize = resize_like_torch if config.family == "sam2" else images.resize
+        inner = images.normalise(resize(image, self.content), config.mean, config.std)
         if self.content == config.image_size:
             return inner
         whole = np.zeros((3, *config.image_size), np.float32)

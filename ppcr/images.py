@@ -103,11 +103,6 @@ def normalise(image: UInt8Image, mean: Sequence[float], std: Sequence[float]) ->
     """`uint8[H, W, 3]` to contiguous `f32[3, H, W]`: (x / 255 - mean) / std, per channel."""
     # Planes first and in place: with a new array for each operation, most of the time goes into fresh memory.
     planes = np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32)
-    return normalise_planes(planes, mean, std)
-
-
-def normalise_planes(planes: Float32Array, mean: Sequence[float], std: Sequence[float]) -> Float32Array:
-    """`normalise` for `f32[3, H, W]` in 0..255, which it changes and gives back."""
     middles, spreads = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     for plane, middle, spread in zip(planes, middles, spreads, strict=True):
         # Some rows at a time: they stay in the processor's cache from one operation to the next.

@@ -14,7 +14,6 @@ from ppcr.boxes import to_unit
 from ppcr.config import SegmenterConfig
 from ppcr.framing import Framing
 from ppcr.masks import iou
-from ppcr.torch_resize import resize_like_torch
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PADDED = SegmenterConfig("sam", (1024, 1024), MEAN, STD, fit="pad")
@@ -95,13 +94,6 @@ def test_stretched_pixels_are_those_of_torch(size: tuple[int, int], draw: Callab
     wanted = F.interpolate(planes, (1024, 1024), mode="bilinear", antialias=True, align_corners=False)
     assert wanted.dtype == torch.uint8
     assert np.abs(found - wanted[0].numpy()).max() < 0.01
-
-
-def test_the_largest_photographs_are_resized_like_torch() -> None:
-    image = picture((3000, 4000))
-    planes = torch.from_numpy(image).permute(2, 0, 1)[None].contiguous()
-    wanted = F.interpolate(planes, (768, 1024), mode="bilinear", antialias=True, align_corners=False)
-    np.testing.assert_array_equal(resize_like_torch(image, (768, 1024)), wanted[0].numpy())
 
 
 @pytest.mark.parametrize("size", random_sizes(20, seed=3))

@@ -24,7 +24,7 @@ TRAINED_WITH = frozenset({"torch", "transformers", "onnx", "onnxscript", "onnx_i
 
 # Room of a module -> the other rooms it may import (its own is understood) and the libraries it may import,
 # function bodies included. None: any library.
-WORDS_LIBRARIES = frozenset({"numpy", "PIL", "safetensors", "tokenizers"})
+WORDS_LIBRARIES = frozenset({"PIL", "cykooz_resizer", "numpy", "safetensors", "tokenizers"})
 ROOMS: dict[str, tuple[frozenset[str], frozenset[str] | None]] = {
     "words": (frozenset(), WORDS_LIBRARIES),
     "ppcr.model": (frozenset({"words", "kernels"}), None),
