@@ -94,7 +94,11 @@ class WindowAttention(nn.Module):
 
 
 class WindowBlock(nn.Module):
-    """Window attention, a 3x3 convolution of each channel, an MLP: f[B, h, w, C] -> f[B, h, w, C]."""
+    """Window attention, a 3x3 convolution of each channel, an MLP: f[B, C, h, w] -> f[B, C, h, w].
+
+    What goes from block to block has its channels in front, and what has them last is never [B, h, w, C]: of
+    that an engine that computes convolutions with channels last would keep the layout and turn the numbers.
+    """
 
     def __init__(self, dim: int, heads: int, window: int, expand: int) -> None:
         super().__init__()
@@ -106,18 +110,20 @@ class WindowBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._by_window(x)
-        x = self.local(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.mlp(x)
+        x = self.local(x + self._by_window(x))
+        cells = self.mlp(x.permute(0, 2, 3, 1).flatten(1, 2))
+        return x + cells.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
     def _by_window(self, x: Tensor) -> Tensor:
-        w, (height, width, dim) = self.window, x.shape[1:]
+        w, (dim, height, width) = self.window, x.shape[1:]
         # What the padding adds takes part in the attention: the weights were trained with it.
-        x = F.pad(x, (0, 0, 0, -width % w, 0, -height % w))
-        rows, columns = x.shape[1] // w, x.shape[2] // w
-        parts = x.reshape(-1, rows, w, columns, w, dim).transpose(2, 3).reshape(-1, w * w, dim)
-        parts = self.attention(parts).reshape(-1, rows, columns, w, w, dim).transpose(2, 3)
-        return parts.reshape(-1, rows * w, columns * w, dim)[:, :height, :width]
+        x = F.pad(x, (0, -width % w, 0, -height % w))
+        rows, columns = x.shape[2] // w, x.shape[3] // w
+        cells = x.permute(0, 2, 3, 1).reshape(-1, rows, w, columns, w, dim)
+        parts = self.attention(cells.transpose(2, 3).reshape(-1, w * w, dim))
+        cells = parts.reshape(-1, rows, columns, w, w, dim).transpose(2, 3)
+        cells = cells.reshape(-1, rows * w, columns * w, dim)[:, :height, :width]
+        return cells.permute(0, 3, 1, 2)
 
 
 class TinyViT(nn.Module):
@@ -150,7 +156,6 @@ class TinyViT(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.convolutions(self.stem(pixels))
         for downsample, stage in zip(self.downsamples, self.stages, strict=True):
-            x = downsample(x).permute(0, 2, 3, 1)
-            x = stage(x).permute(0, 3, 1, 2)
+            x = stage(downsample(x))
         features: Tensor = self.neck(x)
         return features
