@@ -18,7 +18,7 @@ from ppcr.manifest import REBUILD
 # What the other files use of OpenVINO goes through this one.
 __all__ = [
     "Compiled", "ConversionExtension", "Core", "Graph", "Model", "Tensor", "compile_model",
-    "has_bf16", "is_float32", "operators", "read",
+    "float32", "has_bf16", "is_float32", "make_model", "operators", "read",
 ]  # fmt: skip
 
 Compiled: TypeAlias = ov.CompiledModel
@@ -26,6 +26,8 @@ Core: TypeAlias = ov.Core
 Model: TypeAlias = ov.Model
 Tensor: TypeAlias = ov.Tensor
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
+
+float32 = ov.Type.f32
 
 
 def has_bf16(core: ov.Core) -> bool:
@@ -79,9 +81,14 @@ def compile_model(
         raise _refused(path, error) from error
 
 
+def make_model(outputs: Sequence[Any], inputs: Sequence[Any]) -> ov.Model:
+    """The graph between ``inputs`` and ``outputs``, nodes both."""
+    return ov.Model(outputs, inputs, "part")
+
+
 def is_float32(node: Any) -> bool:
     """Whether the first output of a graph's node is float32."""
-    return bool(node.get_element_type() == ov.Type.f32)
+    return bool(node.get_element_type() == float32)
 
 
 def _refused(path: Path, error: RuntimeError) -> BundleError:
@@ -99,6 +106,7 @@ class Graph:
     def __init__(self, compiled: ov.CompiledModel) -> None:
         self._compiled = compiled
         self._idle = [compiled.create_infer_request()]
+        self.inputs = frozenset(given.any_name for given in compiled.inputs)
 
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[np.float32]]:
         """All outputs by name, in memory of their own."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from runtime.bundle import Bundle
 from runtime.onnxruntime_library import write_out_functions
+from runtime.openvino_angles import cut_angles
 from runtime.openvino_library import Core, Graph, compile_model, read
 from runtime.session import Float32Array, Prompts
 from runtime.threads import Threads
@@ -37,6 +38,8 @@ class OpenVinoSegmenter:
         self._path = bundle.graphs["mask_decoder"]
         with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:  # OpenVINO reads no functions
             self._decoder = read(core, write_out_functions(self._path, Path(folder)))
+        angles = cut_angles(self._decoder) if bf16 else None
+        self._angles = Graph(compile_model(core, angles, self._path, self._threads)) if angles else None
         self._graphs: dict[tuple[int, int], Graph] = {}
         self._lock = threading.Lock()
         self._graph(1, 1)
@@ -57,12 +60,18 @@ class OpenVinoSegmenter:
         found, first = list[dict[str, Float32Array]](), 0
         for size in groups(len(prompts.boxes)):
             some = {name: array[first : first + size] for name, array in given.items()}
-            found.append(self._graph(size, padded).run({**features, **some}))
+            found.append(self._graph(size, padded).run({**features, **some, **self._sines(some)}))
             first += size
         logits, scores = (
             np.concatenate([answer[name] for answer in found]) for name in ("mask_logits", "scores")
         )
         return logits, scores
+
+    def _sines(self, given: dict[str, npt.NDArray[Any]]) -> dict[str, Float32Array]:
+        """What the mask decoder takes beside boxes and points; nothing where it computes in float32."""
+        if self._angles is None:
+            return {}
+        return self._angles.run({name: given[name] for name in self._angles.inputs})
 
     def _graph(self, count: int, length: int) -> Graph:
         """The mask decoder for ``count`` prompts with texts of ``length``; compiled when first used."""
@@ -77,6 +86,8 @@ class OpenVinoSegmenter:
                     "text_embeddings": [count, length, self._shapes.hidden],
                     "text_mask": [count, length],
                 }
+                blank = {name: np.zeros(shapes[name], np.float32) for name in ("boxes", "points")}
+                shapes |= {name: list(sine.shape) for name, sine in self._sines(blank).items()}
                 self._graphs[count, length] = Graph(
                     compile_model(
                         self._core, self._decoder, self._path, self._threads, bf16=self._bf16, shapes=shapes
