@@ -12,6 +12,7 @@ folder of unpacked npm packages (``npm pack NAME@VERSION``, ``tar xzf``), one in
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -148,7 +149,7 @@ def run(one: Contestant, image: npt.NDArray[np.uint8], unit: Float32Array, truth
 
 
 def ours(folder: Path, threads: int, checkpoint: Path | None = None) -> list[Contestant]:
-    """The torch reference of ``checkpoint``, if one is given, and every precision of a bundle."""
+    """The torch reference of ``checkpoint``, if one is given, and every precision and engine of a bundle."""
     first = Bundle.load(folder)
     name, found = first.manifest.name, []
     if checkpoint is not None:
@@ -157,6 +158,9 @@ def ours(folder: Path, threads: int, checkpoint: Path | None = None) -> list[Con
     for precision in first.manifest.precisions:
         bundle = Bundle.load(folder, precision=precision)
         found.append(_of_system(f"{name} {precision}", segmenter.engine(bundle, threads), bundle))
+    if importlib.util.find_spec("openvino") is not None:
+        for system in segmenter.openvino_systems(first, threads):
+            found.append(_of_system(f"{name} {system.name}", system, first))
     return found
 
 
