@@ -173,7 +173,7 @@ class ReferenceView:
         constraint = tokenizer.spatial_constraint(semantic.count)
         with torch.inference_mode():
             found = pipeline.generate(asked, patches.to(pipeline.device), constraint, size=size)
-        return tokenizer.spatial(found, size)
+        return tokenizer.spatial(found, size).distinct()
 
 
 def segmenter_prompts(

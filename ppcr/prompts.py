@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ppcr.boxes import LOCATION_BINS, from_location, to_location
+from ppcr.boxes import LOCATION_BINS, from_location, iou, to_location
 from ppcr.errors import ExpressionError
 
 MAX_TARGETS = 6
 LOCATIONS_PER_INSTANCE = 6
 ANY = "any"
 SEPARATOR = ";"
+SAME = 0.9
+"""Boxes of one answer that overlap by this IoU or more tell the same object; two objects hardly ever do."""
 COUNT_WORDS = ("none", "one", "two", "three", "four", "five", "six")
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
@@ -158,6 +160,14 @@ class SpatialPrompt:
     def empty(cls) -> SpatialPrompt:
         """No instance: what goes with the answer "none"."""
         return cls(np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32))
+
+    def distinct(self) -> SpatialPrompt:
+        """Without what repeats an earlier instance: models that counted too many tell the last one again."""
+        kept = list[int]()
+        for index, box in enumerate(self.boxes):
+            if not (iou(self.boxes[kept], box) >= SAME).any():
+                kept.append(index)
+        return SpatialPrompt(self.boxes[kept], self.points[kept])
 
 
 @dataclass(frozen=True)

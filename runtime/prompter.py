@@ -143,7 +143,7 @@ class Prompter:
             turn = yield Ask("spatial", prompt, constraint, afresh=not turns, first=first)
             assert turn is not None
             turns.append(turn)
-            spatial = tokenizer.spatial(turn.tokens, self._size)
+            spatial = tokenizer.spatial(turn.tokens, self._size).distinct()
         return Answer(semantic, spatial, _costs(turns))
 
     def _read(self, context: Context, ask: Ask) -> Turn:

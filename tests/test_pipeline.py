@@ -192,6 +192,14 @@ def test_masks_of_several_expressions_are_one_batch(bundle: Bundle) -> None:
     assert results[0].scores.tolist() == [0.0, 0.5] and results[2].scores.tolist() == [1.0]
 
 
+def test_an_object_told_again_is_drawn_once(bundle: Bundle) -> None:
+    told = places(500, 500, 400, 400, 600, 600), places(501, 500, 400, 401, 600, 600), places(*range(6))
+    pipeline, _, segmenter = scripted(bundle, "cube; red; any; three", "".join(told))
+    result = pipeline.open(factory.picture()).segment(ONE)
+    assert result.semantic.count == 3 and len(result.instances) == len(result.boxes) == 2
+    assert [len(batch.boxes) for batch in segmenter.batches] == [2]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_none_stops_early(bundle: Bundle, threads: int) -> None:
     pipeline, mllm, segmenter = scripted(bundle, "cube; red; any; none", threads=threads)

@@ -83,12 +83,14 @@ def reference(built: tuple[Path, Path]) -> ReferencePipeline:
     return ReferencePipeline.load(built[0])
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize("shape", [(120, 120), (90, 200)], ids=["square", "wide"])
 def test_answers_equal_the_reference(
-    built: tuple[Path, Path], reference: ReferencePipeline, shape: tuple[int, int]
+    built: tuple[Path, Path], reference: ReferencePipeline, shape: tuple[int, int], engine: str
 ) -> None:
+    pytest.importorskip(engine, reason=f"{engine} is not installed")
     image = factory.picture(1, *shape)
-    with Pipeline.load(built[1], precision="fp32", threads=1) as pipeline:
+    with Pipeline.load(built[1], engine=engine, precision="fp32", threads=1) as pipeline:
         scene = pipeline.open(image)
         for expression in ("the small red cube", "all green cones left of the yellow cube"):
             wanted, got = reference.segment(image, expression), scene.segment(expression)

@@ -115,6 +115,23 @@ def test_locations_read_back_with_corners_in_order(rows: list[list[int]]) -> Non
     np.testing.assert_array_equal(SpatialPrompt.from_locations(spatial.locations).boxes, spatial.boxes)
 
 
+@pytest.mark.parametrize("shift", [0.0, 0.004, 0.2])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_an_object_told_again_is_left_out(count: int, shift: float) -> None:
+    """Boxes of a tenth of the image, side by side; the first one once more, moved by a part of itself."""
+    rng = np.random.default_rng([count, int(shift * 1000)])
+    low = np.stack([np.arange(count) / 8, rng.random(count) / 2], axis=1).astype(np.float32)
+    boxes = np.concatenate([low, low + np.float32(0.1)], axis=1)
+    told = SpatialPrompt(
+        np.concatenate([boxes, boxes[:1] + np.float32(shift * 0.1)]), np.zeros((count + 1, 2))
+    )
+    found = told.distinct()
+    kept = count if shift < 0.05 else count + 1
+    np.testing.assert_array_equal(found.boxes, told.boxes[:kept])
+    assert len(found.points) == kept
+    assert SpatialPrompt.empty().distinct().count == 0
+
+
 @given(st.lists(st.tuples(units, units, units, units, units, units), min_size=1, max_size=3))
 def test_locations_are_within_half_a_bin(rows: list[tuple[float, ...]]) -> None:
     values = np.asarray(rows, np.float32)

@@ -163,7 +163,7 @@ class ReferencePipeline:
             spatial_ids = self.generate(
                 asked, patches, tokenizer.spatial_constraint(semantic.count), size=size
             )
-        spatial = tokenizer.spatial(spatial_ids, size)
+        spatial = tokenizer.spatial(spatial_ids, size).distinct()
         with clock.stage("encoder"):
             features = self.segmenter.encode(pixels)
         with clock.stage("decoder"):
