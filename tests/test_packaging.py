@@ -107,16 +107,40 @@ def test_base_dependencies_are_the_runtime_alone(project: dict[str, Any]) -> Non
     assert {"numpy", "pillow", "onnxruntime", "safetensors", "tokenizers"} <= base
 
 
-def test_constraints_pin_every_direct_dependency_within_its_range(project: dict[str, Any]) -> None:
-    requirements = pytest.importorskip("packaging.requirements")
+@pytest.fixture(scope="module")
+def pins() -> dict[str, str]:
+    """The constraints: version by name."""
     lines = (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+    return dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_constraints_pin_every_direct_dependency_within_its_range(
+    project: dict[str, Any], pins: dict[str, str]
+) -> None:
+    requirements = pytest.importorskip("packaging.requirements")
     extras = project["project"]["optional-dependencies"]
     listed = [*project["project"]["dependencies"], *extras["export"], *extras["train"]]
     listed += [*extras["tensorrt"], *extras["openvino"], *extras["dev"]]
     for requirement in map(requirements.Requirement, listed):
         if requirement.name != "ppcr":
             assert requirement.specifier.contains(pins[requirement.name.lower()]), str(requirement)
+
+
+def test_constraints_let_each_pinned_package_have_what_it_asks_for(pins: dict[str, str]) -> None:
+    """Of installed packages; torch asks for its triton only in the build with CUDA, which PyPI serves."""
+    requirements = pytest.importorskip("packaging.requirements")
+    asked = 0
+    for name in pins:
+        try:
+            lines = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in map(requirements.Requirement, lines):
+            pin = pins.get(requirement.name.lower())
+            if pin and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+                assert requirement.specifier.contains(pin), f"{name} asks for {requirement}, pinned is {pin}"
+                asked += 1
+    assert asked > 10
 
 
 def test_readme_lists_the_exit_codes() -> None:
