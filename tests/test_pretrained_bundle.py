@@ -110,15 +110,18 @@ def test_second_stage_goes_on_from_a_given_first(
     tokenizer, config = reference.tokenizer, reference.config.mllm
     with Pipeline.load(built[1], precision="fp32", threads=1) as pipeline:
         result = pipeline.open(image).segment(expression, semantic=semantic)
-    assert result.boxes.shape == (2, 4) and result.instances.shape == (2, 100, 210)
     size = SIZES[config.family][1]
     rows, columns = config.grid_of(size)
     ids = [*tokenizer.prefix(rows * columns), *tokenizer.expression(expression), *tokenizer.encode(semantic)]
     patches, _ = reference._inputs(image, size, Framing.of((100, 210), reference.config.segmenter))
     asked = [*ids, *tokenizer.between_stages]
     answer = reference.generate(asked, patches, tokenizer.spatial_constraint(2), size=size)
-    wanted = tokenizer.spatial(answer, size).boxes * np.array([210, 100, 210, 100])
+    told = tokenizer.spatial(answer, size)
+    assert told.count == 2
+    # Random weights may tell one box twice.
+    wanted = told.distinct().boxes * np.array([210, 100, 210, 100])
     np.testing.assert_allclose(result.boxes, wanted, atol=1e-3)
+    assert result.instances.shape == (len(wanted), 100, 210)
 
 
 def test_other_formats_run(built: tuple[Path, Path]) -> None:
