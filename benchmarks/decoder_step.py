@@ -204,7 +204,7 @@ def _torch(job: dict[str, Any]) -> dict[str, Any]:
 
         def step() -> None:
             # The decoder and its head alone, each time at the same length of cache.
-            cache.crop(PREFIX)
+            cache.crop(PREFIX - cache.get_seq_length())
             hidden = model.model.language_model(
                 inputs_embeds=table[ids[:, :1]], position_ids=places[..., :1] + PREFIX,
                 past_key_values=cache, use_cache=True,

@@ -167,7 +167,7 @@ class TorchContext:
     def truncate(self, length: int) -> None:
         """Forget everything from position ``length`` on."""
         if length < self.length:
-            self._cache.crop(length)
+            self._cache.crop(length - self.length)
 
     @torch.inference_mode()
     def extend(self, token_ids: Sequence[int], features: Tensor | None = None) -> Float32Array:

@@ -80,9 +80,9 @@ def test_a_chain_of_launches_takes_the_attentions_place(made: Made) -> None:
 
 
 def test_kernels_assemble_with_the_parameters_that_tensorrt_passes(made: Made, tmp_path: Path) -> None:
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tool = get_ptxas(90).path
     _, attention, kernels = made
     for kernel, step in zip(kernels.values(), attention.schedule.steps, strict=True):
         head = re.search(r"\.entry\s+\w+\((.*?)\)", kernel.assembly, re.DOTALL)
