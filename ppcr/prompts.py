@@ -162,7 +162,10 @@ class SpatialPrompt:
         return cls(np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32))
 
     def distinct(self) -> SpatialPrompt:
-        """Without what repeats an earlier instance: models that counted too many tell the last one again."""
+        """Without what repeats an earlier instance: models that counted too many tell one again.
+
+        Of boxes that overlap by an IoU of `SAME` or more the first stays; the order does too.
+        """
         kept = list[int]()
         for index, box in enumerate(self.boxes):
             if not (iou(self.boxes[kept], box) >= SAME).any():
