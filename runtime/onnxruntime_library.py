@@ -14,10 +14,34 @@ import onnxruntime as ort
 
 from ppcr.errors import BundleError, EngineError
 from ppcr.manifest import REBUILD
+from runtime.placement import Helpers, started_threads
 
-Session: TypeAlias = ort.InferenceSession
 Value: TypeAlias = ort.OrtValue
 Binding: TypeAlias = ort.IOBinding
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc]
+    """onnxruntime's, whose own threads keep off its caller's processor."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with started_threads() as threads:
+            super().__init__(*args, **kwargs)
+        self._helpers = Helpers(threads)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """As onnxruntime's."""
+        self._helpers.step_aside()
+        return super().run(*args, **kwargs)
+
+    def run_with_ort_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As onnxruntime's."""
+        self._helpers.step_aside()
+        return super().run_with_ort_values(*args, **kwargs)
+
+    def run_with_iobinding(self, *args: Any, **kwargs: Any) -> Any:
+        """As onnxruntime's."""
+        self._helpers.step_aside()
+        return super().run_with_iobinding(*args, **kwargs)
 
 
 def open_graph(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Session:
@@ -37,7 +61,7 @@ def open_graph(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecuti
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return ort.InferenceSession(str(path), options, providers=list(providers))
+        return Session(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime's exceptions share no base but Exception
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if type(error).__name__ == "NotImplemented":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from ppcr.errors import BoxError, ExpressionError
 from ppcr.prompts import SemanticPrompt, SpatialPrompt
 from runtime.bundle import AUTO, Bundle
 from runtime.drawer import Drawer
+from runtime.placement import Background
 from runtime.prompter import Prompter, Request
 from runtime.result import EngineFacts, Result
 from runtime.selection import UNGATED, load
@@ -66,7 +66,7 @@ class Pipeline:
             "passed_over": list(passed_over),
         }
         # With one thread nothing can run beside the MLLM; the encoder then waits until masks are needed.
-        self.background = ThreadPoolExecutor(1, "ppcr-encoder") if threads > 1 else None
+        self.background = Background("ppcr-encoder") if threads > 1 else None
 
     @classmethod
     def load(
