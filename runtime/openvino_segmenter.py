@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from runtime.threads import Threads
 
 GROUPS = (4, 1)
 """How many prompts a graph of the mask decoder takes: four save a fifth of the work for each, more no more.
-The graph for four is compiled when so many come; two and three go one by one, and wait for no compiler."""
+The graph for four is compiled after the second call, or when so many come before that; two and three go one
+by one, and wait for no compiler."""
 _TEXT_STEP = 16
 
 
@@ -40,9 +42,11 @@ class OpenVinoSegmenter:
             self._decoder = read(core, write_out_functions(self._path, Path(folder)))
         angles = cut_angles(self._decoder) if bf16 else None
         self._angles = Graph(compile_model(core, angles, self._path, self._threads)) if angles else None
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._graphs: dict[tuple[int, int], Future[Graph]] = {}
         self._lock = threading.Lock()
-        self._graph(1, 1)
+        self._compiler = ThreadPoolExecutor(1, "ppcr-compiler")
+        self._graph(1, 1).result()
+        self._called = False
 
     def encode(self, pixels: Float32Array) -> dict[str, Float32Array]:
         """Pixels f32 [3, H, W] to the features of one image, by output name."""
@@ -60,8 +64,13 @@ class OpenVinoSegmenter:
         found, first = list[dict[str, Float32Array]](), 0
         for size in groups(len(prompts.boxes)):
             some = {name: array[first : first + size] for name, array in given.items()}
-            found.append(self._graph(size, padded).run({**features, **some, **self._sines(some)}))
+            graph = self._graph(size, padded).result()
+            found.append(graph.run({**features, **some, **self._sines(some)}))
             first += size
+        # Not beside the first call: a process that asks once would wait at its end for nothing.
+        if self._called:
+            self._graph(GROUPS[0], padded)
+        self._called = True
         logits, scores = (
             np.concatenate([answer[name] for answer in found]) for name in ("mask_logits", "scores")
         )
@@ -73,27 +82,30 @@ class OpenVinoSegmenter:
             return {}
         return self._angles.run({name: given[name] for name in self._angles.inputs})
 
-    def _graph(self, count: int, length: int) -> Graph:
-        """The mask decoder for ``count`` prompts with texts of ``length``; compiled when first used."""
+    def _graph(self, count: int, length: int) -> Future[Graph]:
+        """The mask decoder for ``count`` prompts with texts of ``length``; compiled when first asked for."""
         length = max(length, min(_TEXT_STEP, self._shapes.max_text))
         with self._lock:
             if (count, length) not in self._graphs:
-                shapes = {
-                    **self._features,
-                    "boxes": [count, 4],
-                    "points": [count, 2],
-                    "spatial_valid": [count],
-                    "text_embeddings": [count, length, self._shapes.hidden],
-                    "text_mask": [count, length],
-                }
-                blank = {name: np.zeros(shapes[name], np.float32) for name in ("boxes", "points")}
-                shapes |= {name: list(sine.shape) for name, sine in self._sines(blank).items()}
-                self._graphs[count, length] = Graph(
-                    compile_model(
-                        self._core, self._decoder, self._path, self._threads, bf16=self._bf16, shapes=shapes
-                    )
-                )
+                self._graphs[count, length] = self._compiler.submit(self._compile, count, length)
             return self._graphs[count, length]
+
+    def _compile(self, count: int, length: int) -> Graph:
+        shapes = {
+            **self._features,
+            "boxes": [count, 4],
+            "points": [count, 2],
+            "spatial_valid": [count],
+            "text_embeddings": [count, length, self._shapes.hidden],
+            "text_mask": [count, length],
+        }
+        blank = {name: np.zeros(shapes[name], np.float32) for name in ("boxes", "points")}
+        shapes |= {name: list(sine.shape) for name, sine in self._sines(blank).items()}
+        return Graph(
+            compile_model(
+                self._core, self._decoder, self._path, self._threads, bf16=self._bf16, shapes=shapes
+            )
+        )
 
 
 def groups(count: int) -> list[int]:

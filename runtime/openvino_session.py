@@ -30,7 +30,7 @@ from runtime.threads import Threads
 
 # Graphs at these precisions compute in fp32, with operators that OpenVINO reads.
 _READABLE = ("fp32", "int8")
-_USUAL_EXPRESSION = 24
+_USUAL_EXPRESSION = 16
 
 
 def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:

@@ -242,3 +242,41 @@ def test_segmenters_load_alone(loaded: Bundle, ours: Sessions) -> None:
         assert set(found) == set(wanted)
         for name, values in wanted.items():
             np.testing.assert_allclose(found[name], values, atol=1e-4 * np.abs(values).max())
+
+
+def test_a_usual_request_waits_for_no_compiler(
+    bundle: Path, samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expression = "the small red cube left of the large sphere"
+    with Pipeline.load(bundle, engine="openvino", precision="fp32", threads=1) as pipeline:
+
+        def forbidden(*_: object, **__: object) -> None:
+            raise AssertionError("a graph is compiled while somebody waits")
+
+        for module in (openvino_segmenter, openvino_step):
+            monkeypatch.setattr(module, "compile_model", forbidden)
+        picture = samples / "scene_0.png"
+        pipeline.open(picture).segment(expression, boxes=[10, 10, 60, 60])
+        pipeline.open(picture).segment(expression)
+
+
+def test_the_graph_for_many_prompts_is_compiled_after_the_second_call(loaded: Bundle) -> None:
+    segmenter = openvino_session.load_segmenter(loaded, threads=1, precision="fp32")
+    shapes, rng = loaded.manifest.shapes, np.random.default_rng()
+    features = segmenter.encode(rng.random((3, *shapes.image_size), np.float32))
+    many, length = openvino_segmenter.GROUPS[0], 3
+    held = list[int]()
+    for _ in range(3):
+        held.append(len(segmenter._graphs))
+        segmenter.decode(features, make_prompts(rng, 1, length, shapes.hidden))
+    assert held == [1, 1, 2]
+    ready = segmenter._graph(many, length)
+    assert len(segmenter._graphs) == 2
+    prompts = make_prompts(rng, many, length, shapes.hidden)
+    logits, scores = segmenter.decode(features, prompts)
+    assert ready.done()
+    for row in range(many):
+        one = Prompts(*(array[row : row + 1] for array in vars(prompts).values()))
+        alone, score = segmenter.decode(features, one)
+        assert spread(alone[0], logits[row]) < 1e-4
+        np.testing.assert_allclose(score[0], scores[row], atol=1e-4)
