@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from ppcr.manifest import REBUILD
 
 # What the other files use of OpenVINO goes through this one.
 __all__ = [
-    "Compiled", "ConversionExtension", "Core", "Graph", "Model", "Tensor", "compile_model",
+    "Compiled", "ConversionExtension", "Core", "Graph", "Model", "Orders", "Tensor", "compile_model",
     "float32", "has_bf16", "is_float32", "make_model", "operators", "read",
 ]  # fmt: skip
 
@@ -26,6 +28,8 @@ Core: TypeAlias = ov.Core
 Model: TypeAlias = ov.Model
 Tensor: TypeAlias = ov.Tensor
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
+_Key = TypeVar("_Key", bound=Hashable)
+_Made = TypeVar("_Made")
 
 float32 = ov.Type.f32
 
@@ -120,3 +124,27 @@ class Graph:
         found = {output.any_name: request.get_tensor(output).data.copy() for output in self._compiled.outputs}
         self._idle.append(request)
         return found
+
+
+class Orders(Generic[_Key, _Made]):
+    """What takes long to make, made once for each key, in the background. Threads may share it.
+
+    Args:
+        make: the thing for a key. What it raises is raised for all who want the thing.
+    """
+
+    def __init__(self, make: Callable[[_Key], _Made]) -> None:
+        self._make = make
+        self._ordered: dict[_Key, Future[_Made]] = {}
+        self._lock = threading.Lock()
+        self._maker = ThreadPoolExecutor(1, "ppcr-compiler")
+
+    def __len__(self) -> int:
+        return len(self._ordered)
+
+    def order(self, key: _Key) -> Future[_Made]:
+        """The thing for ``key``, which may not be there yet."""
+        with self._lock:
+            if key not in self._ordered:
+                self._ordered[key] = self._maker.submit(self._make, key)
+            return self._ordered[key]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from runtime.bundle import Bundle
 from runtime.onnxruntime_library import write_out_functions
 from runtime.openvino_angles import cut_angles
-from runtime.openvino_library import Core, Graph, compile_model, read
+from runtime.openvino_library import Core, Graph, Orders, compile_model, read
 from runtime.session import Float32Array, Prompts
 from runtime.threads import Threads
 
@@ -42,9 +41,7 @@ class OpenVinoSegmenter:
             self._decoder = read(core, write_out_functions(self._path, Path(folder)))
         angles = cut_angles(self._decoder) if bf16 else None
         self._angles = Graph(compile_model(core, angles, self._path, self._threads)) if angles else None
-        self._graphs: dict[tuple[int, int], Future[Graph]] = {}
-        self._lock = threading.Lock()
-        self._compiler = ThreadPoolExecutor(1, "ppcr-compiler")
+        self._graphs = Orders(self._compile)
         self._graph(1, 1).result()
         self._called = False
 
@@ -83,14 +80,11 @@ class OpenVinoSegmenter:
         return self._angles.run({name: given[name] for name in self._angles.inputs})
 
     def _graph(self, count: int, length: int) -> Future[Graph]:
-        """The mask decoder for ``count`` prompts with texts of ``length``; compiled when first asked for."""
-        length = max(length, min(_TEXT_STEP, self._shapes.max_text))
-        with self._lock:
-            if (count, length) not in self._graphs:
-                self._graphs[count, length] = self._compiler.submit(self._compile, count, length)
-            return self._graphs[count, length]
+        """The mask decoder for ``count`` prompts with texts of ``length``."""
+        return self._graphs.order((count, max(length, min(_TEXT_STEP, self._shapes.max_text))))
 
-    def _compile(self, count: int, length: int) -> Graph:
+    def _compile(self, sizes: tuple[int, int]) -> Graph:
+        count, length = sizes
         shapes = {
             **self._features,
             "boxes": [count, 4],

@@ -92,6 +92,8 @@ class OpenVinoMLLM(OnnxMLLM):
         ended = self._ended[id(tables), length]
         try:
             context = OpenVinoContext.again(ended.pop())
+            # It is not the first conversation: a longer one will come as well, and should not wait.
+            self._steps.foresee(self._cache_length(min(length + 1, self._shapes.max_length)))
         except IndexError:
             step = self._steps.of(length)
             context = OpenVinoContext(

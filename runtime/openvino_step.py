@@ -11,7 +11,6 @@ the host puts these in their place.
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from runtime.openvino_library import (
     ConversionExtension,
     Core,
     Model,
+    Orders,
     Tensor,
     compile_model,
     is_float32,
@@ -57,26 +57,27 @@ class StepGraphs:
         self._path, self._shapes, self._threads = path, shapes, threads
         self._core = Core()
         self._model = _Reader(self._core).read(path, shapes.layers)
-        self._compiled: dict[int, Compiled] = {}
-        self._lock = threading.Lock()
+        self._compiled = Orders(self._compile)
 
     def of(self, length: int) -> Compiled:
         """For a cache of ``length`` tokens; takes a moment the first time."""
-        with self._lock:
-            if length not in self._compiled:
-                s = self._shapes
-                cache = [1, s.kv_heads, length, s.head_dim]
-                inputs = {
-                    "inputs_embeds": [1, 1, s.hidden],
-                    "rope_cos": [1, 1, s.head_dim // 2],
-                    "rope_sin": [1, 1, s.head_dim // 2],
-                    _BIAS: [1, 1, 1, length + 1],
-                    **{f"{kind}_cache_{layer}": cache for layer in range(s.layers) for kind in "kv"},
-                }
-                self._compiled[length] = compile_model(
-                    self._core, self._model, self._path, self._threads, shapes=inputs
-                )
-            return self._compiled[length]
+        return self._compiled.order(length).result()
+
+    def foresee(self, length: int) -> None:
+        """Have the graph for a cache of ``length`` tokens made in the background."""
+        self._compiled.order(length)
+
+    def _compile(self, length: int) -> Compiled:
+        s = self._shapes
+        cache = [1, s.kv_heads, length, s.head_dim]
+        inputs = {
+            "inputs_embeds": [1, 1, s.hidden],
+            "rope_cos": [1, 1, s.head_dim // 2],
+            "rope_sin": [1, 1, s.head_dim // 2],
+            _BIAS: [1, 1, 1, length + 1],
+            **{f"{kind}_cache_{layer}": cache for layer in range(s.layers) for kind in "kv"},
+        }
+        return compile_model(self._core, self._model, self._path, self._threads, shapes=inputs)
 
 
 class Step:

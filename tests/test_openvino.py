@@ -260,6 +260,35 @@ def test_a_usual_request_waits_for_no_compiler(
         pipeline.open(picture).segment(expression)
 
 
+def test_the_step_of_longer_conversations_is_compiled_after_the_second(loaded: Bundle) -> None:
+    sessions = load_sessions("openvino", loaded, threads=1)
+    mllm = sessions.mllm
+    assert isinstance(mllm, openvino_session.OpenVinoMLLM)
+    assert mllm._steps is not None
+    usual = openvino_session._usual_length(loaded)
+    for graphs in (1, 2, 2):
+        context = mllm.open(usual)
+        assert len(mllm._steps._compiled) == graphs
+        longer = context.capacity + 1
+        del context
+    mllm.open(longer)
+    assert len(mllm._steps._compiled) == 2
+
+
+def test_what_cannot_be_made_is_told_to_all_who_want_it() -> None:
+    def make(key: int) -> int:
+        if key < 0:
+            raise BundleError(f"no {key}")
+        return key * key
+
+    orders = openvino_library.Orders(make)
+    assert [orders.order(key).result() for key in (3, 4, 3)] == [9, 16, 9]
+    assert len(orders) == 2
+    for _ in range(2):
+        with pytest.raises(BundleError, match="no -1"):
+            orders.order(-1).result()
+
+
 def test_the_graph_for_many_prompts_is_compiled_after_the_second_call(loaded: Bundle) -> None:
     segmenter = openvino_session.load_segmenter(loaded, threads=1, precision="fp32")
     shapes, rng = loaded.manifest.shapes, np.random.default_rng()
