@@ -24,7 +24,8 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 
 from benchmarks import card, machine, random_bundle, results, timeline
 from benchmarks.examples import SIZE, Example, examples
-from benchmarks.latency_run import Model, Wanted, measure, undrafted, work_of
+from benchmarks.latency_model import Model, undrafted, work_of
+from benchmarks.latency_run import Wanted, measure
 from benchmarks.rows import DEFAULT, engines_named, plan
 from benchmarks.worker import PLAIN
 from ppcr.checkpoint import SHIPPED, Checkpoint
@@ -202,7 +203,7 @@ def _compared(arguments: argparse.Namespace, model: Model) -> list[str]:
         names.setdefault(row.engine, []).append(row.name)
     told = "; ".join(f"{', '.join(listed)}: the bundle on {engine}" for engine, listed in names.items())
     if DRAFTS in model.manifest.files:
-        told += f"; {undrafted(model.rows[0])}: the same, stage 1's answer written token by token"
+        told += f"; {undrafted(model.default_row)}: the same, stage 1's answer written token by token"
     plain = ""
     if not arguments.without_torch:
         plain = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,10 @@ from PIL import Image
 
 from benchmarks import card, floor, report, throughput, timeline, waterfall
 from benchmarks.examples import Example
+from benchmarks.latency_model import Model
 from benchmarks.rates import CPU, CUDA, Rates
 from benchmarks.rows import DEFAULT, RowPlan
-from benchmarks.worker import PLAIN, Task
 from benchmarks.workers import Measured, cold_start, measure_rows
-from ppcr.checkpoint import Checkpoint
-from ppcr.manifest import DRAFTS, Manifest
-from runtime.engine_checks import graph_precision
 
 _TRACED = 8
 """Images of which each row gives a trace, after its times have been taken."""
@@ -42,90 +39,6 @@ class Wanted:
     def expressions(self) -> int:
         """Expressions that each image needs."""
         return max(2, waterfall.EXPRESSIONS if self.waterfall else 0, self.batch or 0)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A bundle, what it was made from, and the rows it gives.
-
-    Attributes:
-        left_out: rows that cannot be tried, by name, with the reason. note: for the card; "" for none.
-        random: its weights say nothing: masks are not judged, and answers have fixed lengths.
-    """
-
-    bundle: Path
-    checkpoint: Checkpoint
-    manifest: Manifest
-    rows: tuple[RowPlan, ...]
-    left_out: Mapping[str, str]
-    note: str = ""
-    same_source: bool = True
-    random: bool = False
-
-    @property
-    def device(self) -> str:
-        """Where plain torch runs, and whose floors count: that of the first row."""
-        return CUDA if self.rows[0].on_gpu else CPU
-
-    @property
-    def plain_precision(self) -> str:
-        """Of plain torch there."""
-        return "bf16" if self.device == CUDA else "fp32"
-
-    @property
-    def stored(self) -> list[str]:
-        """Precisions of the bundle whose graphs the rows read."""
-        return list(dict.fromkeys(self.stored_as(row) for row in self.rows))
-
-    def stored_as(self, row: RowPlan) -> str:
-        """The bundle's precision that a row reads."""
-        return graph_precision(row.engine, self.manifest, row.precision)
-
-    @property
-    def default_row(self) -> RowPlan:
-        """The row that the summary is about: the bundle's own precision, on the first engine."""
-        wanted = self.manifest.default_precision
-        return next((row for row in self._first_engine if row.precision == wanted), self.rows[0])
-
-    @property
-    def ladder(self) -> list[RowPlan]:
-        """Rows as the waterfall climbs them: plain torch's precision first where there is a row of it."""
-        wanted = self.plain_precision
-        first = next((row for row in self._first_engine if row.precision == wanted), self.default_row)
-        return [first, *(row for row in self.rows if row != first)]
-
-    @property
-    def _first_engine(self) -> list[RowPlan]:
-        return [row for row in self.rows if row.engine == self.rows[0].engine]
-
-    def tasks(self, examples: Path, threads: int, *, torch: bool) -> list[Task]:
-        """A task for each row, and the plain torch pipeline's where that is wanted."""
-        common: dict[str, Any] = {
-            "examples": str(examples), "threads": threads, "fixed": self.random, "device": self.device,
-            "checkpoint": str(self.checkpoint.root),
-        }  # fmt: skip
-        tasks = [
-            Task(row.name, str(self.bundle), engine=row.engine, precision=row.precision, **common)
-            for row in self.rows
-        ]
-        if DRAFTS in self.manifest.files:
-            # Guesses are as good as the glossary knows the wordings: what one gets without them is told too.
-            tasks.insert(1, replace(tasks[0], system=undrafted(self.rows[0]), drafts=False))
-        plain = Task(PLAIN, str(self.checkpoint.root), kind=PLAIN, **common)
-        return [*tasks, plain] if torch else tasks
-
-
-def undrafted(row: RowPlan) -> str:
-    """The name of a row's twin that writes stage 1's answer word by word."""
-    return f"{row.name}, no drafts"
-
-
-def work_of(model: Model, scenes: Sequence[Example]) -> dict[str, dict[str, float]]:
-    """FLOPs of each stage (`benchmarks.card.flops`) for these scenes."""
-    texts = [
-        (one.text, one.semantic.text, len(one.targets)) for scene in scenes for one in scene.expressions[:2]
-    ]
-    return card.sizes_alone(model.checkpoint, texts) if model.random else card.loaded(model.checkpoint, texts)
 
 
 def measure(

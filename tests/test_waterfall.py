@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,17 @@ from benchmarks import (
     throughput,
     waterfall,
 )
+from benchmarks.latency_model import Model
 from benchmarks.rows import RowPlan
 from benchmarks.timing import Spread
 from benchmarks.worker import PLAIN, Run, Task
 from benchmarks.workers import Row
 from ppcr import masks
 from ppcr.errors import BundleError, EngineError, UsageError
+from ppcr.manifest import DRAFTS
+from runtime import selection
 from runtime.bundle import Bundle
-from runtime.selection import ENGINES
+from runtime.selection import ENGINES, Candidate
 from tests import factory
 
 
@@ -116,3 +120,30 @@ def test_throughput_is_against_separate_calls() -> None:
     assert told["throughput_gain"] == 8 and told["ways"]["one scene"]["expressions_per_s"] == 20
     lines = throughput.table("fp32", 2, found)
     assert "8.00x" in lines[-1] and lines[-1].split()[-2] == "-"
+
+
+@pytest.mark.parametrize(
+    ("taken", "summarised"),
+    [(("openvino", "bf16"), 2), (("openvino", "int8"), 0), (None, 0)],
+)
+def test_the_summary_is_about_what_auto_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: tuple[str, str] | None, summarised: int
+) -> None:
+    rows = (RowPlan("openvino", "fp32"), RowPlan("onnxruntime", "fp32"), RowPlan("openvino", "bf16"))
+
+    def choose(*_: object, **__: object) -> Candidate:
+        if taken is None:
+            raise EngineError("none starts here")
+        return Candidate(taken[0], usable=True, precision=taken[1])
+
+    monkeypatch.setattr(selection, "choose", choose)
+    manifest = SimpleNamespace(default_precision="fp32", files={DRAFTS: None})
+    source = SimpleNamespace(root=tmp_path)
+    model = Model(tmp_path, source, manifest, rows, {})  # type: ignore[arg-type]
+    assert model.default_row is rows[summarised]
+    assert model.ladder[0] is rows[0]
+    names = [task.system for task in model.tasks(tmp_path, 1, torch=False)]
+    plain = [row.name for row in rows]
+    assert names == [
+        *plain[: summarised + 1], f"{plain[summarised]}, no drafts", *plain[summarised + 1 :]
+    ]  # fmt: skip
