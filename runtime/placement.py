@@ -2,8 +2,8 @@
 
 Linux may wake such a thread on its caller's processor although another one is idle, and move one of the two
 only when its balancer comes by, 4 ms later and more; the one that runs spins until the other has had a turn.
-On machines of two processors that is what happens after pauses of .05 s and longer: a vision tower of 5 ms
-then takes 12, more than with one thread. Here the sleeping threads are told where they may wake, just before
+On a virtual machine of two processors that happened after most pauses of .05 s and more: a vision tower of
+5 ms took 12, longer than with one thread. Here the sleeping threads are told where they may wake, just before
 they are needed: on any processor but the caller's. Nobody is pinned to one processor; on one that others keep
 busy they are no worse off than with the caller. Systems other than Linux are left alone.
 """
