@@ -130,7 +130,7 @@ class Orders(Generic[_Key, _Made]):
     """What takes long to make, made once for each key, in the background. Threads may share it.
 
     Args:
-        make: the thing for a key. What it raises is raised for all who want the thing.
+        make: the thing for a key. What it raises is raised for those who wait for it.
     """
 
     def __init__(self, make: Callable[[_Key], _Made]) -> None:
@@ -145,6 +145,8 @@ class Orders(Generic[_Key, _Made]):
     def order(self, key: _Key) -> Future[_Made]:
         """The thing for ``key``, which may not be there yet."""
         with self._lock:
-            if key not in self._ordered:
-                self._ordered[key] = self._maker.submit(self._make, key)
-            return self._ordered[key]
+            known = self._ordered.get(key)
+            # What failed in the background, for want of memory perhaps, is tried again for one who waits.
+            if known is None or (known.done() and known.exception() is not None):
+                known = self._ordered[key] = self._maker.submit(self._make, key)
+            return known
