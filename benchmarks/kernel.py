@@ -29,32 +29,27 @@ if __package__ in (None, ""):  # run as a script: import from the repository roo
 import torch
 
 from benchmarks import machine, results
-from benchmarks.kernel_cases import BOUNDS, DTYPES, ITEMSIZE
+from benchmarks.kernel_cases import BOUNDS, DTYPES
 from benchmarks.kernel_count import decoder_kernels
 from benchmarks.kernel_floor import H200, floor_of, two_way
 from benchmarks.kernel_masks import LEAST_IOU
-from kernels.plan import (
-    Problem,
-    Variant,
-    most_tokens,
-    plan_read,
-    plan_write,
-    read_variants,
-    token_variants,
-    write_variants,
-)
+from benchmarks.kernel_memory import by_expressions, copies_of_image
+from benchmarks.kernel_resources import (
+    SAM,
+    SAM_LONG,
+    SHIPPED,
+    TARGETS,
+    compiled,
+    resource_table,
+    resources,
+)  # fmt: skip
+from kernels.plan import Problem
 from kernels.reference import DIRECTIONS
 from ppcr.errors import CommandParser, EngineError, ParityError, UsageError, run_cli
-from ppcr.model.segmenter import SegmenterConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = (80, 90, 120)
-COMPILED = ("fp16", "bf16", "fp32")
 UNTIMED = "compiled for sm_90, checked in the interpreter, not yet timed"
 COUNTS = (1, 8, 64)
-SHIPPED = Problem(1, 1, True, 13, 1024, 128, 4, 16, 2)
-SAM = Problem(1, 1, True, 13, 4096, 256, 8, 16, 2)
-SAM_LONG = Problem(1, 1, True, 133, 4096, 256, 8, 16, 2)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,6 +110,7 @@ def _kernel(arguments: argparse.Namespace, words: Sequence[str]) -> int:
         count = part(key, partial(decoder_kernels, mode))
         summary[key], record[key] = (count.total, asdict(count)) if count else (None, None)
     if not on_gpu:
+        _memory(summary, lambda: by_expressions(lambda count: replace(SAM, prompts=count), COUNTS))
         record["masks"] = interpreted(seed, "kernel_masks")
         summary["masks_iou"] = min(row["iou"] for row in record["masks"])
         good = good and summary["masks_iou"] >= LEAST_IOU
@@ -228,55 +224,6 @@ def error_table(errors: Sequence[dict[str, Any]]) -> list[str]:
     return lines + [f"  {row['case']:<68}{row['error']:>10.1e}{row['torch_error']:>10.1e}" for row in errors]
 
 
-def resources(targets: Sequence[int]) -> list[dict[str, Any]]:
-    """Resources of each kernel at the shipped sizes and SAM's, in each dtype, for each target."""
-    from kernels.compiled import compile_variant
-
-    return [
-        {"dim": dim, "capability": capability, **compile_variant(variant, dtype, capability).to_json()}
-        for dtype in COMPILED
-        for capability in targets
-        for dim, variant in variants(
-            [replace(problem, itemsize=ITEMSIZE[dtype]) for problem in (SHIPPED, SAM, SAM_LONG)]
-        )
-    ]
-
-
-def variants(problems: Sequence[Problem], *, masks: Sequence[bool] = (True,)) -> list[tuple[int, Variant]]:
-    """Each compiled form that runs ``problems``, once, with the width it is for."""
-    found: dict[object, tuple[int, Variant]] = {}
-    for p in problems:
-        tokens = min(p.tokens, most_tokens(p.dim, p.itemsize))
-        here = list(token_variants(tokens, p.dim, p.heads, SegmenterConfig().mlp, p.itemsize).values())
-        for mask in masks:
-            here += read_variants(p, plan_read(p), mask=mask).values()
-            here += write_variants(p, plan_write(p), mask=mask, after=True).values()
-        found |= {(v.kernel, tuple(sorted(v.constants.items())), v.warps): (p.dim, v) for v in here}
-    return list(found.values())
-
-
-def compiled(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By target: kernels, bytes spilled, most shared memory and registers, fewest matrix instructions."""
-    found = {}
-    for capability in sorted({row["capability"] for row in rows}):
-        here = [row for row in rows if row["capability"] == capability]
-        found[f"sm_{capability}"] = {
-            "kernels": len(here),
-            "spilled": sum(row["stack"] + row["local"] for row in here),
-            "shared": max(row["shared"] for row in here),
-            "registers": max(row["registers"] for row in here),
-            "tensor_core": min(row["tensor_core"] for row in here),
-        }
-    return found
-
-
-def resource_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The resources as text."""
-    names = "kernel", "dim", "dtype", "target", "registers", "stack", "shared", "tensor_core"
-    lines = ["  " + "".join(f"{name:>14}" for name in names)]
-    return lines + ["  " + "".join(f"{row[name]:>14}" for name in names) for row in rows]
-
-
 def _timed(seed: int, summary: dict[str, Any], record: dict[str, Any], part: Parts) -> None:
     """Everything that needs a GPU, into `summary` and `record`."""
     from benchmarks import kernel_gpu as gpu
@@ -297,15 +244,22 @@ def _timed(seed: int, summary: dict[str, Any], record: dict[str, Any], part: Par
     part("times", times)
     if rows and bandwidth:
         summary |= part("summary", lambda: gpu.summary(rows, bandwidth)) or {}
-    summary["image_bytes"] = SAM.cells * SAM.dim * SAM.itemsize
-    summary["read_workspace_bytes"] = workspaces = part("memory", lambda: gpu.memory(COUNTS, seed))
-    if workspaces:
-        summary["copies_of_image"] = gpu.copies_of_image(workspaces)
+    _memory(summary, lambda: part("memory", lambda: gpu.memory(COUNTS, seed)))
     masks = part("masks", lambda: gpu.masks_agree(seed))
     summary["masks_iou"], summary["decode_speedup"] = masks or (None, None)
     for key, mode in (("before", "off"), ("after", "auto")):
         name = f"decoder_kernels_profiled_{key}"
         summary[name] = part(name, partial(gpu.profiled_launches, mode))
+
+
+def _memory(summary: dict[str, Any], taken: Callable[[], dict[str, int] | None]) -> None:
+    """What prompt to image takes by number of expressions: measured on a GPU, counted elsewhere."""
+    summary["image_bytes"] = SAM.cells * SAM.dim * SAM.itemsize
+    summary["read_workspace_bytes"] = found = taken()
+    if found:
+        summary["copies_of_image"] = copies_of_image(found, SAM)
+        listed = ", ".join(f"{count}: {size / 1e6:.2f} MB" for count, size in found.items())
+        print(f"memory   of prompt to image beside inputs and result, by expressions: {listed}", flush=True)
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def memory(counts: tuple[int, ...], seed: int) -> dict[str, int]:
     """Bytes allocated at most by prompt to image beside its inputs and outputs, by number of expressions.
 
     The image's features are shared; were they repeated, this would grow by their size with each expression
-    (`copies_of_image`). What does grow are tokens between the kernels.
+    (`benchmarks.kernel_memory`). What does grow are tokens between the kernels.
     """
     found = {}
     for count in counts:
@@ -194,13 +194,6 @@ def memory(counts: tuple[int, ...], seed: int) -> dict[str, int]:
         peak = torch.cuda.max_memory_allocated() - before
         found[str(count)] = peak - out.numel() * out.element_size()
     return found
-
-
-def copies_of_image(workspaces: dict[str, int]) -> float:
-    """How many times the image's features each further expression costs, of what `memory` found."""
-    (few, least), *_, (many, most) = sorted((int(k), v) for k, v in workspaces.items())
-    p = problem(1)
-    return round((most - least) / ((many - few) * p.cells * p.dim * p.itemsize), 4)
 
 
 def profiled_launches(mode: str) -> int:

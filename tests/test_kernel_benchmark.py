@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from benchmarks import kernel, kernel_gpu
+from benchmarks import kernel, kernel_gpu, kernel_memory
 from benchmarks.kernel_cases import Case, inputs
+from benchmarks.kernel_resources import SAM
 from benchmarks.kernel_rivals import BACKENDS, rivals, two_way
 from benchmarks.timing import Spread
+from kernels import launch
 from kernels.plan import Problem
 from kernels.reference import DIRECTIONS
 
@@ -116,5 +119,37 @@ def test_a_part_that_fails_is_named_and_costs_no_other(gpu: None, monkeypatch: p
 
 def test_copies_of_the_image_are_counted() -> None:
     image = 4096 * 256 * 2
-    assert kernel_gpu.copies_of_image({"1": 1000, "8": 1000 + 7 * image, "64": 1000 + 63 * image}) == 1.0
-    assert kernel_gpu.copies_of_image({"1": 1000, "64": 1000}) == 0.0
+    repeated = {"1": 1000, "8": 1000 + 7 * image, "64": 1000 + 63 * image}
+    assert kernel_memory.copies_of_image(repeated, SAM) == 1.0
+    assert kernel_memory.copies_of_image({"1": 1000, "64": 1000}, SAM) == 0.0
+
+
+def test_what_is_made_is_counted_once_and_what_was_there_is_not() -> None:
+    there = torch.zeros(100)
+    with kernel_memory.Allocations([there]) as counted:
+        made = there + 1
+        made.view(10, 10).add_(1)
+        there.mul_(2)
+        del made
+        torch.empty(7, dtype=torch.float64)
+    assert counted.bytes == 100 * 4 + 7 * 8
+
+
+@pytest.mark.parametrize("cells", [1024, 4096, 16384])
+def test_expressions_share_the_image_in_the_first_block(cells: int) -> None:
+    p = replace(SAM, cells=cells)
+    taken = kernel_memory.by_expressions(lambda count: replace(p, prompts=count), (1, 3, 17))
+    assert all(taken.values())
+    # Tokens and their parts of the sums are all that an expression adds.
+    assert kernel_memory.copies_of_image(taken, p) < 0.25
+
+
+def test_an_image_that_is_repeated_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = launch.run
+
+    def wasteful(x: Tensor, x_position: Tensor, y: Tensor, *others: Any, **settings: Any) -> Tensor:
+        return run(x, x_position, y.expand(-1, x.shape[1], -1, -1).contiguous(), *others, **settings)
+
+    monkeypatch.setattr(launch, "run", wasteful)
+    taken = kernel_memory.by_expressions(lambda count: replace(SAM, prompts=count), (2, 5))
+    assert kernel_memory.copies_of_image(taken, SAM) > 1

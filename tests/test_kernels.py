@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import kernel
-from benchmarks.kernel import SAM, SAM_LONG, SHIPPED, card, interpreted, variants, worst
+from benchmarks.kernel import card, interpreted, worst
 from benchmarks.kernel_cases import BOUNDS, TOKEN_STEPS, Case, cases, inputs, poisoned
 from benchmarks.kernel_count import Count, decoder_kernels
 from benchmarks.kernel_floor import floor_of
 from benchmarks.kernel_masks import LEAST_IOU
+from benchmarks.kernel_resources import SAM, SAM_LONG, SHIPPED, variants
 from kernels.op import using
 from kernels.plan import (
     Problem,

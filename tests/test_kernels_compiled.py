@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels are written in Triton")
 
-from benchmarks.kernel import SAM, SHIPPED, TARGETS, variants
 from benchmarks.kernel_cases import DTYPES, ITEMSIZE
+from benchmarks.kernel_resources import SAM, SHIPPED, TARGETS, variants
 from kernels.compiled import SHARED_LIMIT, compile_variant
 from kernels.plan import (
     Problem,
