@@ -205,7 +205,8 @@ class VisionWriter:
     def _block(self, x: str, block: int) -> str:
         g, name = self.graph, f"blocks.{block}"
         x = g.node("Add", [x, self._attention(self._norm(x, f"{name}.norm1"), block)])
-        return g.node("Add", [x, self._mlp(self._norm(x, f"{name}.norm2"), f"{name}.mlp")])
+        # Named for runtimes that compute the blocks up to some one in other numbers than the rest.
+        return g.node("Add", [x, self._mlp(self._norm(x, f"{name}.norm2"), f"{name}.mlp")], f"{name}.out")
 
     def _norm(self, x: str, name: str) -> str:
         return self.graph.rms_norm(x, name, self._vector(f"{name}.weight", self.sizes.hidden), _EPSILON)

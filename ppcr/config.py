@@ -27,6 +27,7 @@ class MLLMConfig:
         patch, merge, temporal: patch side in pixels, patches merged along a side, frames a patch spans.
         mean, std: per channel, for pixel values in 0..1.
         ruler: location tokens that open the system turn.
+        location_step: of the thousand location tokens every how many-th may be answered (`ppcr.tokenizer`).
         max_expression_tokens: longest expression.
         max_length: tokens of both turns together, image tokens included: the static KV cache's length.
     """
@@ -39,6 +40,7 @@ class MLLMConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
     ruler: int = 8
+    location_step: int = 1
     max_expression_tokens: int = 96
     max_length: int = 384
     resample: str = "bilinear"

@@ -65,23 +65,32 @@ class PromptTokenizer:
     Args:
         tokenizer: a byte-level BPE with the Qwen special tokens and ``<|loc_000|>`` to ``<|loc_999|>``.
         conversation: the fixed texts.
+        location_step: answers are written with the middle one of so many neighbouring location tokens, no
+            finer than the model can tell. Otherwise the last bits of a product decide between neighbours,
+            and answers differ from engine to engine by what nobody sees.
     """
 
-    def __init__(self, tokenizer: Tokenizer, conversation: Conversation | None = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, conversation: Conversation | None = None, location_step: int = 1
+    ) -> None:
+        if not 1 <= location_step <= LOCATION_BINS:
+            raise BundleError(f"a location_step of {location_step}: it is 1 to {LOCATION_BINS}")
+        self.tokenizer, self._location_step = tokenizer, location_step
         self.conversation: Texts = conversation or Conversation()
         self.first_location = self._id(location_token(0))
         if self._id(location_token(LOCATION_BINS - 1)) != self.first_location + LOCATION_BINS - 1:
             raise BundleError(f"the location tokens of this tokenizer.json are not in a row: {_CURE}")
 
     @classmethod
-    def load(cls, path: Path, conversation: Conversation | None = None) -> PromptTokenizer:
+    def load(
+        cls, path: Path, conversation: Conversation | None = None, location_step: int = 1
+    ) -> PromptTokenizer:
         """Read ``tokenizer.json``.
 
         Raises:
             BundleError: missing, unreadable or without location tokens.
         """
-        return cls(read_tokenizer(path), conversation)
+        return cls(read_tokenizer(path), conversation, location_step)
 
     def _id(self, token: str) -> int:
         found = self.tokenizer.token_to_id(token)
@@ -182,7 +191,8 @@ class PromptTokenizer:
 
     @cached_property
     def _location(self) -> Choice:
-        return Choice(tuple(self._locations))
+        step = self._location_step
+        return Choice(tuple(self._locations[step // 2 :: step]))
 
     def semantic(self, ids: Sequence[int]) -> SemanticPrompt:
         """The semantic prompt of an answer within ``semantic_constraint``. Raises ValueError on others."""

@@ -157,4 +157,4 @@ def tokenizer_of(config: PPCRConfig, path: Path) -> PromptTokenizer:
     """
     if config.box_convention in frames.WRITTEN:
         return ZeroShotTokenizer(read_tokenizer(path), config.mllm.family, config.box_convention)
-    return PromptTokenizer.load(path, Conversation(config.mllm.ruler))
+    return PromptTokenizer.load(path, Conversation(config.mllm.ruler), config.mllm.location_step)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ppcr.manifest import WEIGHTS, vision_role
 from runtime.bundle import Bundle
@@ -56,6 +57,16 @@ def plan_threads(bundle: Bundle, threads: int) -> Threads:
     return share_threads(threads, sum(path.stat().st_size for path in weights))
 
 
+class ImageTowers(Protocol):
+    """The vision towers of an MLLM, one for each size of image. Threads may share them."""
+
+    def run(
+        self, size: tuple[int, int], names: Sequence[str], patches: Float32Array
+    ) -> list[npt.NDArray[Any]]:
+        """Outputs called ``names`` of the tower for images of ``size``, from patches f32 [n, patch_dim]."""
+        ...
+
+
 class Towers:
     """The vision graphs of a bundle by image size; those beyond the first are opened when they are needed."""
 
@@ -70,12 +81,19 @@ class Towers:
         self._graphs, self._threads, self._providers = bundle.graphs, threads, providers
         self._lock = threading.Lock()
 
-    def of(self, size: tuple[int, int]) -> Session:
+    def run(
+        self, size: tuple[int, int], names: Sequence[str], patches: Float32Array
+    ) -> list[npt.NDArray[Any]]:
+        """Outputs called ``names`` of the tower for images of ``size``, from patches f32 [n, patch_dim]."""
         with self._lock:
             if size not in self._opened:
                 graph = self._graphs[vision_role(size)]
                 self._opened[size] = open_graph(graph, self._threads, self._providers)
-            return self._opened[size]
+            tower = self._opened[size]
+        found: list[npt.NDArray[Any]] = tower.run(
+            list(names), {"pixel_values": patches.astype(floats_of(tower), copy=False)}
+        )
+        return found
 
 
 class OnnxMLLM:
@@ -86,7 +104,7 @@ class OnnxMLLM:
 
     def __init__(
         self,
-        towers: Towers | None,
+        towers: ImageTowers | None,
         decoders: tuple[Session, Session],
         bundle: Bundle,
     ) -> None:
@@ -108,13 +126,10 @@ class OnnxMLLM:
         With DeepStack [1 + levels, image_tokens, hidden]: what is added after the first layers follows.
         """
         assert self._towers is not None
-        tower = self._towers.of(size or self._config.image_size)
         levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
-        found = tower.run(
-            ["image_features", *levels], {"pixel_values": patches.astype(floats_of(tower), copy=False)}
-        )
-        features = np.asarray(np.stack(found) if levels else found[0], np.float32)
-        return features
+        names = ["image_features", *levels]
+        found = self._towers.run(size or self._config.image_size, names, patches)
+        return np.asarray(np.stack(found) if levels else found[0], np.float32)
 
     def open(
         self,

@@ -25,7 +25,7 @@ def cut_angles(model: Model) -> Model | None:
     theirs, ours = _sines(source), _sines(model)
     if not ours:
         return None
-    needed = {name for node in theirs for name in _given_to(node)}
+    needed = {name for node in theirs for name in inputs_of(node)}
     outputs, inputs = [], []
     for index, (sine, cut) in enumerate(zip(theirs, ours, strict=True)):
         name = f"sine_{index}"
@@ -43,11 +43,11 @@ def cut_angles(model: Model) -> Model | None:
 
 def _sines(model: Model) -> list[Any]:
     """In the same order for a graph and its clone."""
-    return [node for node in model.get_ordered_ops() if node.get_type_name() in _ANGLES and _given_to(node)]
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in _ANGLES and inputs_of(node)]
 
 
-def _given_to(node: Any) -> set[str]:
-    """The graph's inputs that ``node`` depends on."""
+def inputs_of(node: Any) -> set[str]:
+    """Names of the graph's inputs that ``node`` depends on."""
     found, seen, left = set(), set(), [node]
     while left:
         one = left.pop()

@@ -1,10 +1,11 @@
 """OpenVINO on the CPU: the segmenter, and the decoder's steps; the MLLM's blocks of tokens on onnxruntime.
 
-The MLLM always computes in fp32: location tokens are near ties, and products in bfloat16 decide one answer in
-eight differently. What "bf16" means here is the segmenter, whose masks it hardly moves.
+What "bf16" means here is the segmenter, whose masks it hardly moves, and the first blocks of the vision tower
+(`runtime.openvino_tower`). The decoder always computes in fp32: keys and values in bfloat16 would be read
+again by every token to come, and decide more answers differently than the parity gate lets pass.
 
-Image and prompt are read by onnxruntime, whose fp32 products of many rows are the faster ones. Steps read one
-row, and there OpenVINO is faster: `runtime.openvino_step`.
+In fp32, image and prompt are read by onnxruntime, whose products of many rows are as fast and take any
+length. Steps read one row, and there OpenVINO is faster: `runtime.openvino_step`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from ppcr.tensors import RowTable
 from runtime.bundle import AUTO, Bundle
 from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import Session, open_graph
-from runtime.onnxruntime_session import OnnxMLLM, Towers, load_decoder, plan_threads
+from runtime.onnxruntime_session import ImageTowers, OnnxMLLM, Towers, load_decoder, plan_threads
 from runtime.openvino_library import Compiled, Core, has_bf16
 from runtime.openvino_segmenter import OpenVinoSegmenter
 from runtime.openvino_step import ROWS, Step, StepGraphs
+from runtime.openvino_tower import HalfTowers
 from runtime.positions import Tables
 from runtime.session import Float32Array, Sessions
 from runtime.threads import Threads
@@ -34,7 +36,7 @@ _USUAL_EXPRESSION = 16
 
 
 def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
-    """Both sessions of a bundle, in the precision of its graphs, or with the segmenter computed in "bf16".
+    """Both sessions of a bundle, in the precision of its graphs, or "bf16" as above.
 
     Raises:
         BundleError: a graph cannot be read, as onnxruntime's `load`.
@@ -49,7 +51,11 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     steps = None
     if bundle.precision in _READABLE and not apart:
         steps = StepGraphs(path, bundle.manifest.shapes, plan.step)
-    towers = Towers(open_graph(bundle.graphs["vision"], plan.vision), bundle, plan.vision)
+    towers: ImageTowers
+    if half and not apart:
+        towers = HalfTowers(core, bundle, plan.vision)
+    else:
+        towers = Towers(open_graph(bundle.graphs["vision"], plan.vision), bundle, plan.vision)
     mllm = OpenVinoMLLM(towers, load_decoder(bundle, threads=threads), bundle, steps)
     segmenter = OpenVinoSegmenter(core, bundle, plan, bf16=half)
     return Sessions(mllm, segmenter, precision="bf16" if half else bundle.precision)
@@ -76,7 +82,7 @@ class OpenVinoMLLM(OnnxMLLM):
     """
 
     def __init__(
-        self, towers: Towers, decoders: tuple[Session, Session], bundle: Bundle, steps: StepGraphs | None
+        self, towers: ImageTowers, decoders: tuple[Session, Session], bundle: Bundle, steps: StepGraphs | None
     ) -> None:
         super().__init__(towers, decoders, bundle)
         self._steps = steps

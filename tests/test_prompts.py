@@ -223,6 +223,26 @@ def test_free_fields_leave_out_what_would_break_the_format(tokenizer: PromptToke
     assert " red" in texts and "left" in "".join(texts)
 
 
+@pytest.mark.parametrize("step", [1, 2, 8, 1000])
+def test_answers_are_no_finer_than_the_location_step(tokenizer: PromptTokenizer, step: int) -> None:
+    coarse = PromptTokenizer(tokenizer.tokenizer, location_step=step)
+    allowed = coarse.spatial_constraint(1).start().allowed() - coarse.first_location
+    assert len(allowed) == 1000 // step and allowed[0] == step // 2
+    assert set(np.diff(allowed)) <= {step}
+    # Every place lies within half a step of one that can be said.
+    places = np.arange(1000)
+    assert np.abs(places[:, None] - allowed).min(1).max() <= max(step // 2, 0)
+    # What a user gives or training shows may be finer.
+    fine = SpatialPrompt.from_locations([1, 2, 3, 4, 5, 6])
+    assert coarse.spatial(coarse.spatial_ids(fine)).text == fine.text
+
+
+@pytest.mark.parametrize("step", [0, -3, 1001])
+def test_impossible_location_steps_are_refused(tokenizer: PromptTokenizer, step: int) -> None:
+    with pytest.raises(BundleError, match="location_step"):
+        PromptTokenizer(tokenizer.tokenizer, location_step=step)
+
+
 @given(st.lists(locations, min_size=1, max_size=3))
 def test_spatial_prompts_survive_the_tokenizer(rows: list[list[int]]) -> None:
     tokenizer = factory.tokenizer()

@@ -33,6 +33,8 @@ CARD = "MODEL_CARD.md"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 DEFAULT_OUTPUT = Path("ppcr/assets/ppcr-tiny")
 LIMIT_MB = 40.0
+LOCATION_STEP = 8
+"""A pixel of the 128 that the MLLM sees of each side: what it writes beyond that is noise."""
 
 
 def package(
@@ -96,6 +98,7 @@ def _config(name: str, mllm: dict[str, Any], segmenter: Segmenter) -> PPCRConfig
         patch=vision["patch_size"],
         merge=vision["spatial_merge_size"],
         temporal=vision["temporal_patch_size"],
+        location_step=LOCATION_STEP,
     )
     masks = SegmenterConfig(
         family=sizes.architecture,
