@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ppcr.errors import EngineError
@@ -48,17 +49,21 @@ def load(bundle: Bundle, *, threads: int, precision: str = AUTO) -> Sessions:
     path = bundle.graphs["decoder"]
     # Weights in files of their own belong to models too large to be held twice.
     apart = f"decoder{WEIGHTS}" in bundle.graphs or path.with_name(path.name + DATA).exists()
-    steps = None
-    if bundle.precision in _READABLE and not apart:
-        steps = StepGraphs(path, bundle.manifest.shapes, plan.step)
-    towers: ImageTowers
-    if half and not apart:
-        towers = HalfTowers(core, bundle, plan.vision)
-    else:
-        towers = Towers(open_graph(bundle.graphs["vision"], plan.vision), bundle, plan.vision)
-    mllm = OpenVinoMLLM(towers, load_decoder(bundle, threads=threads), bundle, steps)
-    segmenter = OpenVinoSegmenter(core, bundle, plan, bf16=half)
-    return Sessions(mllm, segmenter, precision="bf16" if half else bundle.precision)
+    stepped = bundle.precision in _READABLE and not apart
+    # Most of the time goes into compilers, which leave Python alone: they run side by side.
+    with ThreadPoolExecutor(3, "ppcr-loader") as pool:
+        segmenter = pool.submit(OpenVinoSegmenter, core, bundle, plan, bf16=half)
+        steps = pool.submit(StepGraphs, path, bundle.manifest.shapes, plan.step) if stepped else None
+        towers = pool.submit(_load_towers, core, bundle, plan.vision, half and not apart)
+        decoders = load_decoder(bundle, threads=threads)
+        mllm = OpenVinoMLLM(towers.result(), decoders, bundle, steps.result() if steps else None)
+        return Sessions(mllm, segmenter.result(), precision="bf16" if half else bundle.precision)
+
+
+def _load_towers(core: Core, bundle: Bundle, threads: int, half: bool) -> ImageTowers:
+    if half:
+        return HalfTowers(core, bundle, threads)
+    return Towers(open_graph(bundle.graphs["vision"], threads), bundle, threads)
 
 
 def load_segmenter(bundle: Bundle, *, threads: int, precision: str = AUTO) -> OpenVinoSegmenter:
