@@ -14,6 +14,7 @@ import numpy.typing as npt
 from runtime.bundle import Bundle
 from runtime.onnxruntime_library import write_out_functions
 from runtime.openvino_angles import cut_angles
+from runtime.openvino_attention import drop_image_axis
 from runtime.openvino_library import Core, Graph, Orders, compile_model, read
 from runtime.session import Float32Array, Prompts
 from runtime.threads import Threads
@@ -39,6 +40,7 @@ class OpenVinoSegmenter:
         self._path = bundle.graphs["mask_decoder"]
         with tempfile.TemporaryDirectory(prefix="ppcr-openvino-") as folder:  # OpenVINO reads no functions
             self._decoder = read(core, write_out_functions(self._path, Path(folder)))
+        drop_image_axis(self._decoder)
         angles = cut_angles(self._decoder) if bf16 else None
         self._angles = Graph(compile_model(core, angles, self._path, self._threads)) if angles else None
         self._graphs = Orders(self._compile)

@@ -1,0 +1,89 @@
+"""Attention without the image axis is the same attention, and OpenVINO makes one kernel of it."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.bundle import Bundle
+from runtime.onnxruntime_library import write_out_functions
+
+ov = pytest.importorskip("openvino", reason="openvino is not installed: pip install '.[openvino]'")
+
+from openvino import opset13 as op  # noqa: E402
+
+from runtime import openvino_library  # noqa: E402
+from runtime.openvino_attention import drop_image_axis  # noqa: E402
+
+HEADS, WIDTH = 3, 16
+
+
+def attention(
+    count: int, queries: int, keys: int, *, biased: bool, turned: bool = True, axis: int = 1
+) -> Any:
+    """[axis, count, queries, HEADS * WIDTH] over the keys of one image; heads are turned and turned back."""
+    shapes = {"q": (axis, count, queries), "k": (axis, 1, keys), "v": (axis, count, keys)}
+    inputs = {name: op.parameter([*shape, HEADS * WIDTH], np.float32) for name, shape in shapes.items()}
+
+    def heads(name: str) -> Any:
+        split = op.reshape(inputs[name], op.constant(np.array([*shapes[name], HEADS, WIDTH])), False)
+        return op.transpose(split, op.constant(np.array([0, 1, 3, 2, 4])))
+
+    scores = op.matmul(op.multiply(heads("q"), np.float32(0.25)), heads("k"), False, True)
+    if biased:
+        inputs["bias"] = op.parameter([axis, count, 1, 1, keys], np.float32)
+        scores = op.add(scores, inputs["bias"])
+    out = op.matmul(op.softmax(scores, -1), heads("v"), False, False)
+    if turned:
+        out = op.transpose(out, op.constant(np.array([0, 1, 3, 2, 4])))
+        out = op.reshape(out, op.constant(np.array([axis, count, queries, HEADS * WIDTH])), False)
+    for name, given in inputs.items():
+        given.output(0).set_names({name})
+    result = op.result(out)
+    result.output(0).set_names({"out"})
+    return ov.Model([result], list(inputs.values()), "attention")
+
+
+def run(model: Any, feeds: dict[str, np.ndarray]) -> tuple[np.ndarray, set[str]]:
+    """What it answers, and the kinds of layers that compute it."""
+    compiled = openvino_library.compile_model(ov.Core(), model, Path("attention"), 1)
+    kinds = {str(node.get_rt_info()["layerType"].value) for node in compiled.get_runtime_model().get_ops()}
+    return openvino_library.Graph(compiled).run(feeds)["out"], kinds
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("count", "queries", "keys"), [(1, 13, 300), (3, 257, 5), (4, 7, 7)])
+def test_the_same_is_computed(count: int, queries: int, keys: int, biased: bool, turned: bool) -> None:
+    rng = np.random.default_rng()
+    model = attention(count, queries, keys, biased=biased, turned=turned)
+    feeds = {given.any_name: rng.normal(size=list(given.shape)).astype(np.float32) for given in model.inputs}
+    wanted, _ = run(model, feeds)
+    assert drop_image_axis(model) == 1
+    found, _ = run(model, feeds)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert drop_image_axis(model) == 0
+
+
+def test_images_side_by_side_and_plain_graphs_are_left_alone() -> None:
+    assert drop_image_axis(attention(3, 5, 7, biased=True, axis=2)) == 0
+    given = op.parameter([1, 2, 3, 4, 5], np.float32)
+    # A softmax of five axes that is no attention.
+    assert drop_image_axis(ov.Model([op.relu(op.softmax(given, -1))], [given], "plain")) == 0
+
+
+def test_the_shipped_decoders_attentions_become_kernels(bundle: Path) -> None:
+    path = Bundle.load(bundle, precision="fp32").graphs["mask_decoder"]
+    with tempfile.TemporaryDirectory() as folder:
+        model = openvino_library.read(ov.Core(), write_out_functions(path, Path(folder)))
+    softmaxes = sum(node.get_type_name() == "Softmax" for node in model.get_ops())
+    assert drop_image_axis(model) == softmaxes > 5
+    small = attention(2, 13, 64, biased=False)
+    drop_image_axis(small)
+    feeds = {given.any_name: np.ones(list(given.shape), np.float32) for given in small.inputs}
+    assert "Softmax" not in run(small, feeds)[1]
