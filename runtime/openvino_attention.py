@@ -28,32 +28,42 @@ def drop_image_axis(model: Model) -> int:
 
 
 def _has_image_axis(value: Any) -> bool:
-    shape = value.get_partial_shape()
-    return len(shape) == _AXES and shape[0].is_static and shape[0].get_length() == 1
+    first = value.get_partial_shape()[0] if _axes(value) == _AXES else None
+    return first is not None and first.is_static and first.get_length() == 1
+
+
+def _axes(value: Any) -> int:
+    return len(value.get_partial_shape())
 
 
 def _rewrite(softmax: Any) -> bool:
     scores, bias = softmax.input_value(0), None
     if scores.get_node().get_type_name() == "Add":
         scores, bias = scores.get_node().input_value(0), scores.get_node().input_value(1)
-    users = [given.get_node() for given in softmax.output(0).get_target_inputs()]
-    sums = users[0] if len(users) == 1 else softmax
+    users = list(softmax.output(0).get_target_inputs())
+    # The weights are what the sum's first input is.
+    sums = users[0].get_node() if len(users) == 1 and users[0].get_index() == 0 else softmax
     if {scores.get_node().get_type_name(), sums.get_type_name()} != {"MatMul"}:
+        return False
+    operands = [*_inputs(scores.get_node()), sums.input_value(1), *([] if bias is None else [bias])]
+    if not all(_has_image_axis(one) or _axes(one) < _AXES for one in operands):
         return False
     weights = _product(scores.get_node(), [_without_axis(one) for one in _inputs(scores.get_node())])
     if bias is not None:
         weights = op.add(weights, _without_axis(bias))
     found = _product(sums, [op.softmax(weights, -1), _without_axis(sums.input_value(1))])
     # Heads are turned back within the kernel as well.
-    users = [given.get_node() for given in sums.output(0).get_target_inputs()]
-    if len(users) == 1 and (order := _order(users[0])):
-        found, sums = op.transpose(found, _numbers([axis - 1 for axis in order[1:]])), users[0]
+    after = [given.get_node() for given in sums.output(0).get_target_inputs()]
+    if len(after) == 1 and (order := _order(after[0])):
+        found, sums = op.transpose(found, _numbers([axis - 1 for axis in order[1:]])), after[0]
     sums.output(0).replace(op.unsqueeze(found, _numbers([0])).output(0))
     return True
 
 
 def _without_axis(value: Any) -> Any:
-    """``value`` without its first axis, dropped before heads are turned and scaled."""
+    """``value`` without its image axis, dropped before heads are turned and scaled."""
+    if _axes(value) < _AXES:  # it never had one: the same for all images and, where shorter still, prompts
+        return value
     node = value.get_node()
     if order := _order(node):
         return op.transpose(_without_axis(node.input_value(0)), _numbers([axis - 1 for axis in order[1:]]))

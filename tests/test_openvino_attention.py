@@ -70,11 +70,33 @@ def test_the_same_is_computed(count: int, queries: int, keys: int, biased: bool,
     assert drop_image_axis(model) == 0
 
 
-def test_images_side_by_side_and_plain_graphs_are_left_alone() -> None:
+def test_images_side_by_side_and_other_graphs_are_left_alone() -> None:
     assert drop_image_axis(attention(3, 5, 7, biased=True, axis=2)) == 0
-    given = op.parameter([1, 2, 3, 4, 5], np.float32)
-    # A softmax of five axes that is no attention.
-    assert drop_image_axis(ov.Model([op.relu(op.softmax(given, -1))], [given], "plain")) == 0
+    given = op.parameter([1, 2, 3, 4, 4], np.float32)
+    # Softmaxes of five axes that are no attention, or none of this form.
+    scores = op.matmul(given, given, False, True)
+    others = {
+        "no products": op.relu(op.softmax(given, -1)),
+        "weights on the right": op.matmul(given, op.softmax(scores, -1), False, False),
+    }
+    for name, out in others.items():
+        assert drop_image_axis(ov.Model([op.result(out)], [given], name)) == 0, name
+
+
+def test_operands_without_the_axis_are_taken_as_they_are() -> None:
+    rng = np.random.default_rng()
+    given, bias = op.parameter([1, 2, 3, 4, 8], np.float32), op.parameter([2, 1, 1, 6], np.float32)
+    shared = rng.normal(size=(3, 6, 8)).astype(np.float32)  # keys and values for all prompts
+    scores = op.add(op.matmul(given, op.constant(shared), False, True), bias)
+    result = op.result(op.matmul(op.softmax(scores, -1), op.constant(shared), False, False))
+    for name, one in (("x", given), ("bias", bias), ("out", result)):
+        one.output(0).set_names({name})
+    model = ov.Model([result], [given, bias], "shared")
+    feeds = {"x": rng.normal(size=(1, 2, 3, 4, 8)), "bias": rng.normal(size=(2, 1, 1, 6))}
+    feeds = {name: array.astype(np.float32) for name, array in feeds.items()}
+    wanted, _ = run(model, feeds)
+    assert drop_image_axis(model) == 1
+    np.testing.assert_allclose(run(model, feeds)[0], wanted, atol=1e-5)
 
 
 def test_the_shipped_decoders_attentions_become_kernels(bundle: Path) -> None:
