@@ -12,6 +12,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from runtime.bundle import Bundle
+from runtime.processor import has_bf16
+from runtime.session import Sessions, load_sessions
+
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "ppcr" / "assets"
 SHARED = Path(os.environ.get("PPCR_SHARED", ROOT.parent / "shared"))
@@ -63,6 +67,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         said = f"{built.stdout[-4000:]}\n{built.stderr[-4000:]}"
         pytest.fail(f"{' '.join(command)} exited {built.returncode}:\n{said}")
     return target
+
+
+@pytest.fixture(scope="session")
+def loaded(bundle: Path) -> Bundle:
+    """The demo bundle in fp32."""
+    return Bundle.load(bundle, precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def half(loaded: Bundle) -> Sessions:
+    """Its sessions on OpenVINO in bfloat16, on one thread."""
+    if not has_bf16():
+        pytest.skip("this processor has no bfloat16 instructions")
+    return load_sessions("openvino", loaded, threads=1, precision="bf16")
 
 
 @pytest.fixture(scope="session")

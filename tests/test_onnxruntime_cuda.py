@@ -31,11 +31,6 @@ OURS = onnxruntime_cuda_session
 
 
 @pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Bundle:
-    return Bundle.load(bundle, precision="fp32")
-
-
-@pytest.fixture(scope="module")
 def bound(loaded: Bundle) -> Sessions:
     return OURS.load(loaded, threads=1, device="cpu")
 

@@ -28,11 +28,6 @@ from runtime import openvino_library, openvino_segmenter, openvino_session, open
 
 
 @pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Bundle:
-    return Bundle.load(bundle, precision="fp32")
-
-
-@pytest.fixture(scope="module")
 def ours(loaded: Bundle) -> Sessions:
     return load_sessions("openvino", loaded, threads=1)
 
@@ -40,13 +35,6 @@ def ours(loaded: Bundle) -> Sessions:
 @pytest.fixture(scope="module")
 def theirs(loaded: Bundle) -> Sessions:
     return load_sessions("onnxruntime", loaded, threads=1)
-
-
-@pytest.fixture(scope="module")
-def half(loaded: Bundle) -> Sessions:
-    if not openvino_library.has_bf16(ov.Core()):
-        pytest.skip("this processor has no bfloat16 instructions")
-    return load_sessions("openvino", loaded, threads=1, precision="bf16")
 
 
 def spread(a: np.ndarray, b: np.ndarray) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,18 +64,6 @@ def test_a_graph_without_angles_is_left_alone() -> None:
     model = ov.Model([op.add(given, op.sin(op.constant(np.ones(2, np.float32))))], [given], "plain")
     assert cut_angles(model) is None
     assert len(model.inputs) == 1
-
-
-@pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Bundle:
-    return Bundle.load(bundle, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def half(loaded: Bundle) -> Sessions:
-    if not openvino_library.has_bf16(ov.Core()):
-        pytest.skip("this processor has no bfloat16 instructions")
-    return load_sessions("openvino", loaded, threads=1, precision="bf16")
 
 
 def test_neighbouring_pixels_are_told_apart_in_bf16(loaded: Bundle, half: Sessions) -> None:

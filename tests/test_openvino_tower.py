@@ -79,18 +79,6 @@ def test_a_tower_without_named_blocks_is_computed_in_float32(tmp_path: Path) -> 
     np.testing.assert_array_equal(found, wanted)
 
 
-@pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Bundle:
-    return Bundle.load(bundle, precision="fp32")
-
-
-@pytest.fixture(scope="module")
-def half(loaded: Bundle) -> Sessions:
-    if not openvino_library.has_bf16(ov.Core()):
-        pytest.skip("this processor has no bfloat16 instructions")
-    return load_sessions("openvino", loaded, threads=1, precision="bf16")
-
-
 def test_features_in_bf16_lose_less_than_a_tower_all_in_bf16(loaded: Bundle, half: Sessions) -> None:
     shapes = loaded.manifest.shapes
     patches = np.random.default_rng().normal(size=(shapes.patches, shapes.patch_dim)).astype(np.float32)

@@ -74,11 +74,6 @@ class Oracle:
 
 
 @pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Bundle:
-    return Bundle.load(bundle, precision="fp32")
-
-
-@pytest.fixture(scope="module")
 def oracle(loaded: Bundle) -> Oracle:
     return Oracle(loaded)
 

@@ -31,11 +31,6 @@ EXPRESSIONS = ("all red spheres behind the green cube", "the small cube", "the c
 
 
 @pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Bundle:
-    return Bundle.load(bundle, precision="fp32")
-
-
-@pytest.fixture(scope="module")
 def pipeline(bundle: Path) -> Iterator[Pipeline]:
     with Pipeline.load(bundle, engine="torch", threads=1) as made:
         if made.engine["device"] != "cpu":
