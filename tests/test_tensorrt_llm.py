@@ -207,10 +207,11 @@ def test_messages_render_to_the_conversation_they_came_from(loaded: Bundle, chec
 def test_answers_are_held_to_the_constraint(loaded: Bundle) -> None:
     tokenizer = loaded.tokenizer
     constraint = tokenizer.spatial_constraint(1)
-    right = [tokenizer.first_location + n for n in (1, 2, 3, 4, 5, 6)]
+    right = constraint.start().allowed()[1:7].tolist()
     assert fit([*right, tokenizer.encode(IM_END)[0]], constraint, "") == tuple(right)
     assert fit(right, constraint, "") == tuple(right)
-    for wrong in (right[:5], [*right[:5], tokenizer.separator], []):
+    between = right[5] + 1  # a location that is no step of the answer's
+    for wrong in (right[:5], [*right[:5], tokenizer.separator], [*right[:5], between], []):
         with pytest.raises(EngineError, match="does not fit the constraint"):
             fit(wrong, constraint, "text")
 
