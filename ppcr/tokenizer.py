@@ -74,7 +74,8 @@ class PromptTokenizer:
         self, tokenizer: Tokenizer, conversation: Conversation | None = None, location_step: int = 1
     ) -> None:
         if not 1 <= location_step <= LOCATION_BINS:
-            raise BundleError(f"a location_step of {location_step}: it is 1 to {LOCATION_BINS}")
+            told = f"location_step is {location_step} in the configuration"
+            raise BundleError(f"{told}: it must be 1 to {LOCATION_BINS}")
         self.tokenizer, self._location_step = tokenizer, location_step
         self.conversation: Texts = conversation or Conversation()
         self.first_location = self._id(location_token(0))

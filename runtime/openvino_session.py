@@ -1,8 +1,9 @@
 """OpenVINO on the CPU: the segmenter, and the decoder's steps; the MLLM's blocks of tokens on onnxruntime.
 
 What "bf16" means here is the segmenter, whose masks it hardly moves, and the first blocks of the vision tower
-(`runtime.openvino_tower`). The decoder always computes in fp32: keys and values in bfloat16 would be read
-again by every token to come, and decide more answers differently than the parity gate lets pass.
+(`runtime.openvino_tower`). The decoder always computes in fp32: what is rounded in keys and values is read
+again by every token to come, and changes more answers. So does an MLLM whose weights lie in files of their
+own, tower and all.
 
 In fp32, image and prompt are read by onnxruntime, whose products of many rows are as fast and take any
 length. Steps read one row, and there OpenVINO is faster: `runtime.openvino_step`.

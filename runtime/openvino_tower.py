@@ -2,8 +2,8 @@
 
 A location is read from the last digits of the image's features. What bfloat16 loses in a block near the end
 is still there in the features, what it loses in an early one is mostly averaged out by those after it: the
-first three of ppcr-tiny's five blocks are three fifths of the work and a quarter of the error. OpenVINO
-computes either a whole graph in bfloat16 or none of it, so the tower is cut in two.
+first three of ppcr-tiny's five blocks are more than half of the work and less than half of the error.
+OpenVINO computes either a whole graph in bfloat16 or none of it, so the tower is cut in two.
 """
 
 from __future__ import annotations
