@@ -178,7 +178,7 @@ class DecoderWriter:
             s.hidden, {f"{name}.mlp.{part}_proj": s.intermediate for part in ("gate", "up")}
         )
         down = self._matrix(s.intermediate, {f"{name}.mlp.down_proj": s.hidden})
-        return g.node("Add", [x, g.gated_mlp(y, f"{name}.mlp", gate_up, down)])
+        return g.node("Add", [x, g.gated_mlp(y, f"{name}.mlp", gate_up, down)], f"{name}.out")
 
     def _attention(self, x: str, layer: int) -> str:
         s, g, name = self.sizes, self.graph, f"layers.{layer}.self_attn"

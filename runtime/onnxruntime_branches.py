@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ppcr.manifest import Shapes
 from ppcr.tensors import RowTable
-from runtime.branches import LaidOut, Layout
+from runtime.branches import Block
+from runtime.host_branches import HostBranches
+from runtime.host_context import Cache
 from runtime.onnxruntime_library import Binding, Session, Value, floats_of
 from runtime.positions import Tables
 from runtime.session import Float32Array
 
-# Keys and values of the tokens held, f32 [1, kv_heads, length, head_dim], by ("k" or "v", layer).
-Snapshot = dict[tuple[str, int], npt.NDArray[Any]]
 
-
-class OnnxBranches(LaidOut):
-    """`runtime.session.Branches` on a cache of its own, which grows with what is said.
+class OnnxBranches(HostBranches):
+    """`runtime.session.Branches` on a cache of its own.
 
     Args:
-        decoders: for blocks, and for a single token. trunk: keys and values that all branches begin with.
-        count: of branches.
+        decoders: for blocks, and for a single token. The rest is as `HostBranches` has it.
     """
 
     def __init__(
@@ -34,26 +28,14 @@ class OnnxBranches(LaidOut):
         tables: Tables,
         embedding: Float32Array | RowTable,
         image_token: int,
-        trunk: Snapshot,
+        trunk: Cache,
         count: int,
     ) -> None:
-        self._shapes, self._tables = shapes, tables
-        self._embedding, self._image_token = embedding, image_token
-        self._floats = floats_of(decoders[0])
-        held = next(iter(trunk.values())).shape[2]
-        self._layout = Layout(count, held, len(tables.cos))
-        self._cache = trunk
+        super().__init__(shapes, tables, embedding, image_token, trunk, count, floats_of(decoders[0]))
         self._logits = np.zeros((count, shapes.vocabulary), np.float32)
         self._bindings: list[tuple[Session, Binding]] = [(one, one.io_binding()) for one in decoders]
 
-    def extend(
-        self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None
-    ) -> Float32Array:
-        """Read on in some branches; logits f32 [sum of 1 + guesses, vocabulary] at the end of each part."""
-        if any(self._image_token in tokens for tokens in parts.values()):
-            raise ValueError("image tokens belong to what all branches begin with")
-        block = self._layout.place(parts, guesses)
-        self._reserve(block.start, block.mask.shape[1])
+    def _read(self, block: Block) -> Float32Array:
         count, tables = len(block.ids), self._tables
         session, binding = self._bindings[count == 1]
         if len(block.last) > len(self._logits):
@@ -75,17 +57,9 @@ class OnnxBranches(LaidOut):
         session.run_with_iobinding(binding)
         return answer
 
-    def _reserve(self, used: int, slots: int) -> None:
-        """A cache of ``slots``, of which the first ``used`` hold what they held."""
-        if next(iter(self._cache.values())).shape[2] == slots:
-            return
-        shapes = self._shapes
-        for place, held in self._cache.items():
-            # Zeros, not garbage: a masked position still meets a weight of 0, and 0 times NaN is NaN.
-            memory = np.zeros((1, shapes.kv_heads, slots, shapes.head_dim), self._floats)
-            memory[:, :, :used] = held[:, :, :used]
-            self._cache[place] = memory
-            value, (kind, layer) = Value.ortvalue_from_numpy(memory), place
+    def _hold(self) -> None:
+        for (kind, layer), memory in self._cache.items():
+            value = Value.ortvalue_from_numpy(memory)
             for _, binding in self._bindings:
                 binding.bind_ortvalue_input(f"{kind}_cache_{layer}", value)
                 binding.bind_ortvalue_output(f"{kind}_cache_out_{layer}", value)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from ppcr.manifest import WEIGHTS, vision_role
 from runtime.bundle import Bundle
-from runtime.onnxruntime_branches import Snapshot
+from runtime.host_mllm import HostMLLM, ImageTowers
 from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import Session, floats_of, open_graph
 from runtime.onnxruntime_segmenter import OnnxSegmenter
-from runtime.positions import Tables, make_tables
+from runtime.positions import Tables
 from runtime.session import Float32Array, Sessions
 from runtime.threads import Threads, share_threads
-
-_CACHE_STEP = 64
 
 
 def load(bundle: Bundle, *, threads: int) -> Sessions:
@@ -57,16 +54,6 @@ def plan_threads(bundle: Bundle, threads: int) -> Threads:
     return share_threads(threads, sum(path.stat().st_size for path in weights))
 
 
-class ImageTowers(Protocol):
-    """The vision towers of an MLLM, one for each size of image. Threads may share them."""
-
-    def run(
-        self, size: tuple[int, int], names: Sequence[str], patches: Float32Array
-    ) -> list[npt.NDArray[Any]]:
-        """Outputs called ``names`` of the tower for images of ``size``, from patches f32 [n, patch_dim]."""
-        ...
-
-
 class Towers:
     """The vision graphs of a bundle by image size; those beyond the first are opened when they are needed."""
 
@@ -96,7 +83,7 @@ class Towers:
         return found
 
 
-class OnnxMLLM:
+class OnnxMLLM(HostMLLM):
     """`runtime.session.MLLMSession`. Threads may share it: onnxruntime sessions may run concurrently.
 
     Without ``towers`` it encodes no image: a subclass does, on another engine.
@@ -108,66 +95,10 @@ class OnnxMLLM:
         decoders: tuple[Session, Session],
         bundle: Bundle,
     ) -> None:
-        shapes, self._config = bundle.manifest.shapes, bundle.config.mllm
-        self._towers, self._decoders = towers, decoders
-        self._shapes = shapes
-        self._embedding = bundle.embedding
-        self._image_token = bundle.tokenizer.image_token
-        self._prefixes: dict[tuple[int, ...], Snapshot] = {}
         # A graph may fix the length of its cache, or leave it to the host.
         cache = next(value for value in decoders[0].get_inputs() if value.name == "k_cache_0")
-        self._static = isinstance(cache.shape[2], int)
-        self._image_start, self._rotary = len(bundle.tokenizer.before_image), bundle.rotary
-        self._tables: dict[tuple[int, int], Tables] = {}
-
-    def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Float32Array:
-        """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden].
-
-        With DeepStack [1 + levels, image_tokens, hidden]: what is added after the first layers follows.
-        """
-        assert self._towers is not None
-        levels = [f"deepstack_{level}" for level in range(self._shapes.deepstack)]
-        names = ["image_features", *levels]
-        found = self._towers.run(size or self._config.image_size, names, patches)
-        return np.asarray(np.stack(found) if levels else found[0], np.float32)
-
-    def open(
-        self,
-        max_length: int | None = None,
-        *,
-        prefix: Sequence[int] = (),
-        size: tuple[int, int] | None = None,
-    ) -> OnnxContext:
-        """A conversation that begins with ``prefix``, computed the first time and copied from then on."""
-        length, tables = self._cache_length(max_length), self._tables_of(size or self._config.image_size)
-        context = self._new_context(tables, length)
-        key = tuple(prefix)
-        if not key:
-            return context
-        # Two threads that both find it missing compute the same; the later one replaces the earlier.
-        known = self._prefixes.get(key)
-        if known is None:
-            context.extend(prefix)
-            self._prefixes = {key: context.snapshot()}
-        else:
-            context.restore(known, len(key))
-        return context
+        super().__init__(towers, bundle, fixed=isinstance(cache.shape[2], int))
+        self._decoders = decoders
 
     def _new_context(self, tables: Tables, length: int) -> OnnxContext:
         return OnnxContext(self._decoders, self._shapes, tables, self._embedding, self._image_token, length)
-
-    def _tables_of(self, size: tuple[int, int]) -> Tables:
-        if size not in self._tables:
-            grid = self._config.grid_of(size)
-            tables = make_tables(self._shapes.max_length, self._image_start, grid, self._rotary)
-            self._tables = {**self._tables, size: tables}
-        return self._tables[size]
-
-    def _cache_length(self, wanted: int | None) -> int:
-        most = self._shapes.max_length
-        if wanted is not None and not 0 < wanted <= most:
-            raise ValueError(f"a context of {wanted} tokens: this bundle's cache holds 1 to {most}")
-        if wanted is None or self._static:
-            return most
-        # Attention looks at the whole cache: a short one is faster. Steps keep the shapes few.
-        return min(most, -(-wanted // _CACHE_STEP) * _CACHE_STEP)

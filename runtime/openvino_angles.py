@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from runtime.openvino_cut import inputs_of
 from runtime.openvino_library import Model, float32, make_model
 from runtime.openvino_library import operators as op
 
@@ -25,7 +26,7 @@ def cut_angles(model: Model) -> Model | None:
     theirs, ours = _sines(source), _sines(model)
     if not ours:
         return None
-    needed = {name for node in theirs for name in inputs_of(node)}
+    needed = inputs_of(theirs)
     outputs, inputs = [], []
     for index, (sine, cut) in enumerate(zip(theirs, ours, strict=True)):
         name = f"sine_{index}"
@@ -43,18 +44,4 @@ def cut_angles(model: Model) -> Model | None:
 
 def _sines(model: Model) -> list[Any]:
     """In the same order for a graph and its clone."""
-    return [node for node in model.get_ordered_ops() if node.get_type_name() in _ANGLES and inputs_of(node)]
-
-
-def inputs_of(node: Any) -> set[str]:
-    """Names of the graph's inputs that ``node`` depends on."""
-    found, seen, left = set(), set(), [node]
-    while left:
-        one = left.pop()
-        name = one.get_friendly_name()
-        if name not in seen:
-            seen.add(name)
-            if one.get_type_name() == "Parameter":
-                found.add(name)
-            left += [source.get_source_output().get_node() for source in one.inputs()]
-    return found
+    return [node for node in model.get_ordered_ops() if node.get_type_name() in _ANGLES and inputs_of([node])]

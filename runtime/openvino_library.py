@@ -142,6 +142,11 @@ class Orders(Generic[_Key, _Made]):
     def __len__(self) -> int:
         return len(self._ordered)
 
+    def is_ready(self, key: _Key) -> bool:
+        """Whether the thing for ``key`` is there."""
+        known = self._ordered.get(key)
+        return known is not None and known.done() and known.exception() is None
+
     def order(self, key: _Key) -> Future[_Made]:
         """The thing for ``key``, which may not be there yet."""
         with self._lock:

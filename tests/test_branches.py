@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from benchmarks.examples import examples
 from export.decoder_graph import DecoderSizes, write_decoder
+from ppcr import masks
 from ppcr.constraint import Choice, Constraint, Free, Literal
 from ppcr.manifest import Shapes
 from ppcr.tensors import TensorFiles
@@ -26,8 +28,10 @@ from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import open_graph
 from runtime.pipeline import Pipeline
 from runtime.positions import Rotary, make_tables
+from runtime.processor import has_bf16
 from runtime.session import Branches, BranchingContext
 from runtime.side_by_side import Ask, Conversation, converse
+from runtime.threads import Threads
 from runtime.timing import Stopwatch
 from runtime.torch_decoder import DeviceTables, TorchDecoder, TorchSlot
 from runtime.torch_session import TorchContext, TorchMLLM
@@ -144,9 +148,11 @@ class Model:
         model = size.build()
         families.save(model, folder)
         config = size.config().to_dict()
-        sizes = write_decoder(config, TensorFiles(folder), folder / "decoder.onnx")
+        self.path = folder / "decoder.onnx"
+        self.graphs: Any = None
+        sizes = write_decoder(config, TensorFiles(folder), self.path)
         self.shapes = _shapes(sizes)
-        self.session = open_graph(folder / "decoder.onnx", 1)
+        self.session = open_graph(self.path, 1)
         self.embedding = model.get_input_embeddings().weight.detach().numpy().copy()
         rotary = Rotary(sizes.head_dim, sizes.rope_theta, sizes.mrope_section, sizes.mrope_interleaved)
         self.tables = make_tables(LIMIT, TRUNK.index(IMAGE), GRID, rotary)
@@ -165,11 +171,27 @@ class Model:
             features = self.features if self.features.ndim == 3 else self.features[None]
             context.extend(TRUNK, torch.from_numpy(features))
             return context
-        context = OnnxContext(
-            (self.session, self.session), self.shapes, self.tables, self.embedding, IMAGE, LIMIT
-        )
+        if engine == "openvino":
+            context = self._open_openvino()
+        else:
+            context = OnnxContext(
+                (self.session, self.session), self.shapes, self.tables, self.embedding, IMAGE, LIMIT
+            )
         context.extend(TRUNK, self.features)
         return context
+
+    def _open_openvino(self) -> Any:
+        """Everything in float32, to be compared."""
+        from runtime import openvino_block, openvino_context, openvino_step
+
+        if self.graphs is None:
+            blocks = openvino_block.BlockGraphs(self.path, self.shapes, Threads(1, 1, 1, 1, 1), bf16=False)
+            blocks.foresee()
+            self.graphs = blocks, openvino_step.StepGraphs(self.path, self.shapes, 1)
+        blocks, steps = self.graphs
+        return openvino_context.OpenVinoContext(
+            blocks, self.shapes, self.tables, self.embedding, IMAGE, LIMIT, steps.of(LIMIT)
+        )
 
 
 class _TorchSession(TorchMLLM):
@@ -192,7 +214,12 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Model(request.param, tmp_path_factory.mktemp(request.param))
 
 
-engines = pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+_NO_OPENVINO = pytest.mark.skipif(
+    find_spec("openvino") is None, reason="openvino is not installed: pip install '.[openvino]'"
+)
+engines = pytest.mark.parametrize(
+    "engine", ["onnxruntime", "torch", pytest.param("openvino", marks=_NO_OPENVINO)]
+)
 
 
 @engines
@@ -374,6 +401,22 @@ def test_scenes_expressions_of_all_kinds_have_the_masks_they_have_alone(
                 assert_same(together, pipeline.open(scene.image).segment(text))
                 counts.add(together.semantic.count)
     assert {0, 1, 2} <= counts and max(calls) == 16 and min(calls) == 1
+
+
+@pytest.mark.skipif(not has_bf16(), reason="this processor has no bfloat16 instructions")
+@_NO_OPENVINO
+def test_masks_of_bf16_are_those_they_have_alone_but_for_rounding(bundle: Path) -> None:
+    same, overlaps = list[bool](), list[float]()
+    with Pipeline.load(bundle, engine="openvino", precision="bf16", threads=2) as pipeline:
+        for scene in examples("test", range(300, 304), expressions=16):
+            texts = [expression.text for expression in scene.expressions]
+            opened = pipeline.open(scene.image)
+            for text, together in zip(texts, opened.segment_many(texts), strict=True):
+                alone = opened.segment(text)
+                assert together.semantic == alone.semantic
+                same.append(np.array_equal(together.spatial.locations, alone.spatial.locations))
+                overlaps.append(masks.iou(together.mask, alone.mask))
+    assert np.mean(same) > 0.9 and np.mean(overlaps) > 0.99
 
 
 class Watched:

@@ -24,7 +24,16 @@ ov = pytest.importorskip("openvino", reason="openvino is not installed: pip inst
 
 from openvino import opset13 as op  # noqa: E402
 
-from runtime import openvino_library, openvino_segmenter, openvino_session, openvino_step  # noqa: E402
+from runtime import (  # noqa: E402
+    openvino_block,
+    openvino_context,
+    openvino_decoder,
+    openvino_library,
+    openvino_segmenter,
+    openvino_session,
+    openvino_step,
+    openvino_tower,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +80,13 @@ def test_any_number_of_prompts_falls_into_groups() -> None:
         assert sum(sizes) == count and set(sizes) <= set(openvino_segmenter.GROUPS)
 
 
-def test_the_decoder_computes_in_fp32_at_every_precision(half: Sessions, theirs: Sessions) -> None:
+def test_steps_and_short_blocks_are_read_in_fp32_at_every_precision(half: Sessions, theirs: Sessions) -> None:
     assert half.precision == "bf16"
     said = [300 + n for n in range(20)]
     logits = []
     for sessions in (half, theirs):
         context = sessions.mllm.open(200)
-        context.extend(said)
+        context.extend(said[: openvino_block.FEW])
         logits.append([context.extend([token]).copy() for token in said])
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-3)
 
@@ -94,7 +103,7 @@ def test_steps_and_blocks_on_one_cache_give_the_logits_of_onnxruntime(
     contexts = [
         load_sessions(name, read, threads=1).mllm.open(length) for name in ("openvino", "onnxruntime")
     ]
-    assert isinstance(contexts[0], openvino_session.OpenVinoContext)
+    assert isinstance(contexts[0], openvino_context.MixedContext)
     blocks = [1, 5, 1, 1, 13, 1, 1]
     for turn in range(2):
         for size in blocks:
@@ -140,7 +149,7 @@ def test_matrices_on_the_grid_are_held_as_whole_numbers() -> None:
     model.input(0).set_names({"x"})
     model.output(0).set_names({"y"})
     given = rng.normal(size=(5, 64)).astype(np.float32)
-    assert openvino_step.compress(model) == 1
+    assert openvino_decoder.compress(model) == 1
     held = {
         tuple(node.shape): node.data
         for node in model.get_ordered_ops()
@@ -226,16 +235,19 @@ def test_segmenters_load_alone(loaded: Bundle, ours: Sessions) -> None:
             np.testing.assert_allclose(found[name], values, atol=1e-4 * np.abs(values).max())
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_usual_request_waits_for_no_compiler(
-    bundle: Path, samples: Path, monkeypatch: pytest.MonkeyPatch
+    precision: str, bundle: Path, samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if precision == "bf16" and not openvino_library.has_bf16(ov.Core()):
+        pytest.skip("this processor has no bfloat16 instructions")
     expression = "the small red cube left of the large sphere"
-    with Pipeline.load(bundle, engine="openvino", precision="fp32", threads=1) as pipeline:
+    with Pipeline.load(bundle, engine="openvino", precision=precision, threads=1) as pipeline:
 
         def forbidden(*_: object, **__: object) -> None:
             raise AssertionError("a graph is compiled while somebody waits")
 
-        for module in (openvino_segmenter, openvino_step):
+        for module in (openvino_segmenter, openvino_step, openvino_block, openvino_tower):
             monkeypatch.setattr(module, "compile_model", forbidden)
         picture = samples / "scene_0.png"
         pipeline.open(picture).segment(expression, boxes=[10, 10, 60, 60])
@@ -245,16 +257,16 @@ def test_a_usual_request_waits_for_no_compiler(
 def test_the_step_of_longer_conversations_is_compiled_after_the_second(loaded: Bundle) -> None:
     sessions = load_sessions("openvino", loaded, threads=1)
     mllm = sessions.mllm
-    assert isinstance(mllm, openvino_session.OpenVinoMLLM)
-    assert mllm._steps is not None
+    assert isinstance(mllm, openvino_session.MixedMLLM)
+    steps = mllm._conversations._steps
     usual = openvino_session._usual_length(loaded)
     for graphs in (1, 2, 2):
         context = mllm.open(usual)
-        assert len(mllm._steps._compiled) == graphs
+        assert len(steps._compiled) == graphs
         longer = context.capacity + 1
         del context
     mllm.open(longer)
-    assert len(mllm._steps._compiled) == 2
+    assert len(steps._compiled) == 2
 
 
 def test_what_could_not_be_made_is_tried_again() -> None:

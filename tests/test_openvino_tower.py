@@ -20,9 +20,13 @@ ov = pytest.importorskip("openvino", reason="openvino is not installed: pip inst
 
 from openvino import opset13 as op  # noqa: E402
 
-from runtime import openvino_library, openvino_tower  # noqa: E402
+from runtime import openvino_cut, openvino_library, openvino_tower  # noqa: E402
 
 GRID = (3, 5)
+
+
+def cut(model: openvino_library.Model) -> tuple[openvino_library.Model, openvino_library.Model] | None:
+    return openvino_cut.cut(model, openvino_tower._BLOCK, openvino_tower._SHARE)
 
 
 def export(family: str, depth: int, folder: Path) -> Path:
@@ -51,7 +55,7 @@ def test_both_parts_compute_what_the_whole_does(family: str, depth: int, tmp_pat
     core = ov.Core()
     patches = np.random.default_rng().standard_normal((60, 6 * PATCH[family] ** 2)).astype(np.float32)
     wanted = run(openvino_library.read(core, path), "pixel_values", patches)
-    parts = openvino_tower.cut(openvino_library.read(core, path))
+    parts = cut(openvino_library.read(core, path))
     assert parts is not None
     found = run(parts[0], "pixel_values", patches)
     if (family, depth) == ("qwen3_vl", 5):  # levels of DeepStack stay where they are made
@@ -60,9 +64,9 @@ def test_both_parts_compute_what_the_whole_does(family: str, depth: int, tmp_pat
     assert set(found) == set(wanted)
     for name, values in wanted.items():
         assert worst(found[name], values) < 1e-5
-    # About three fifths of the blocks are before the cut.
+    # About four fifths of the blocks are before the cut.
     products = [sum(node.get_type_name() == "MatMul" for node in part.get_ordered_ops()) for part in parts]
-    assert 0.2 < products[0] / sum(products) < 0.75
+    assert 0.2 < products[0] / sum(products) < 0.9
     if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         found = openvino_tower.Tower(core, path, 1).run(patches)
         assert set(found) == set(wanted)
@@ -70,11 +74,11 @@ def test_both_parts_compute_what_the_whole_does(family: str, depth: int, tmp_pat
 
 
 def test_a_tower_without_named_blocks_is_computed_in_float32(tmp_path: Path) -> None:
-    path = export("qwen2_5_vl", 1, tmp_path)  # of one block there are no three fifths
+    path = export("qwen2_5_vl", 1, tmp_path)  # of one block there are no four fifths
     core = ov.Core()
-    assert openvino_tower.cut(openvino_library.read(core, path)) is None
+    assert cut(openvino_library.read(core, path)) is None
     given = op.parameter([2], ov.Type.f32, name="x")
-    assert openvino_tower.cut(ov.Model([op.relu(given)], [given], "plain")) is None
+    assert cut(ov.Model([op.relu(given)], [given], "plain")) is None
     patches = np.random.default_rng().standard_normal((60, 6 * PATCH["qwen2_5_vl"] ** 2)).astype(np.float32)
     wanted = run(openvino_library.read(core, path), "pixel_values", patches)["image_features"]
     found = openvino_tower.Tower(core, path, 1).run(patches)["image_features"]
