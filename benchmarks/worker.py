@@ -37,9 +37,11 @@ PLAIN = "torch"
 ENGINE, REUSED, FORCED = "engine", "torch, cache kept", "torch, cache kept, forced"
 """Kinds of the other rows: a bundle on an engine; eager torch with one cache for both turns and every
 expression; the same with forced tokens fed in blocks."""
-ANSWER, TRACE = "answer", "trace"
-REQUESTS = (ANSWER, TRACE)
-"""Expressions of an image, timed; one expression, with the place of every call (`benchmarks.tracing`)."""
+ANSWER, TRACE, SETTLE = "answer", "trace", "settle"
+REQUESTS = (ANSWER, TRACE, SETTLE)
+"""Expressions of an image, timed; one expression, with the place of every call (`benchmarks.tracing`); wait
+until nothing is left to do."""
+_PATIENCE, _IDLE = 30.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,10 @@ def main(path: str) -> int:
         _say(out, {"loaded_s": loaded, "torch_loaded": torch_loaded, "engine": system.engine})
         for line in sys.stdin:
             request, image, order = json.loads(line)
+            if request == SETTLE:
+                _settle()
+                _say(out, {})
+                continue
             if request == TRACE:
                 from benchmarks.tracing import trace
 
@@ -268,6 +274,16 @@ def main(path: str) -> int:
             peak = peak_gpu_memory_mb() or peak_memory_mb()
             _say(out, {"runs": [asdict(run) for run in runs], "peak_memory_mb": peak})
     return 0
+
+
+def _settle() -> None:
+    """Wait until nothing is at work in this process, such as an engine that compiles in the background."""
+    until = time.perf_counter() + _PATIENCE
+    while time.perf_counter() < until:
+        worked = time.process_time()
+        time.sleep(_IDLE)
+        if time.process_time() - worked < _IDLE / 4:
+            return
 
 
 @contextmanager

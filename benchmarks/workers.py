@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tracing import Trace
-from benchmarks.worker import ANSWER, PLAIN, TRACE, Run, Task
+from benchmarks.worker import ANSWER, PLAIN, SETTLE, TRACE, Run, Task
 from ppcr.errors import ERRORS, EngineError, PPCRError
 
 _HERE = Path(__file__).resolve().parent
 _PAUSE = 0.02  # for threads that still spin, or encode an image in the background, after an answer
-_WARM_UP = 2
+_WARM_UP = 4
 
 
 @dataclass
@@ -75,6 +75,10 @@ class Worker:
         """Open an image and segment its expressions in ``order``; the runs, and peak memory in MiB so far."""
         told = self._ask([ANSWER, image, list(order)])
         return [Run(**run) for run in told["runs"]], told["peak_memory_mb"]
+
+    def settle(self) -> None:
+        """Wait until the process has nothing left to do, as what engines prepare in the background."""
+        self._ask([SETTLE, 0, []])
 
     def trace(self, image: int, place: int = 0) -> Trace:
         """One expression of an image with the place of every engine call (`benchmarks.tracing`)."""
@@ -164,6 +168,7 @@ def _take_turns(
     for worker, _ in pairs:
         for image in range(min(images, _WARM_UP)):
             worker.ask(image, places)
+        worker.settle()
     for turn in range(images * repeats if pairs else 0):
         image, order = turn % images, places if turn // images % 2 == 0 else places[::-1]
         shift = turn % len(pairs)

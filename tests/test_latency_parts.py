@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from benchmarks import (
     results,
     timeline,
     tracing,
+    worker,
 )
 from benchmarks.fixed_answers import fix_answers
 from benchmarks.rates import Rates
@@ -232,6 +235,21 @@ def test_runs_are_saved_as_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert notes == ["# command: python benchmarks/latency.py --images 2", "# cpu: A Fine CPU"]
     table = list(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
     assert table == [{"system": "fp32, odd", "seconds": "0.5"}, {"system": "int8", "seconds": ""}]
+
+
+def test_a_worker_has_settled_when_its_background_is_done() -> None:
+    done = list[int]()
+
+    def compile_something() -> None:
+        until = time.process_time() + 0.6
+        while time.process_time() < until:
+            pass
+        done.append(1)
+
+    thread = threading.Thread(target=compile_something)
+    thread.start()
+    worker._settle()
+    assert done and not thread.is_alive()
 
 
 def test_random_models_have_names() -> None:
