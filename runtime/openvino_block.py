@@ -1,12 +1,9 @@
-"""Blocks of the decoder's tokens on OpenVINO, in graphs of few sizes; many tokens partly in bfloat16.
+"""Blocks of the decoder's tokens on OpenVINO, in graphs of few sizes; their first layers in bfloat16.
 
 A graph takes a fixed number of tokens, of which the last may hold none, and a cache of any length: products
-then have shapes that are known when the graph is compiled, which makes it up to twice as fast. A larger graph
-may stand in for one that is still being compiled: of those in bfloat16, what a token gets does not depend on
-the size of the graph that reads it, nor on the tokens beside it, to the last bit (tested).
-
-Of many tokens the first layers are computed in bfloat16. A few are read as a step is, in float32 on matrices
-of whole numbers, whose bytes are what it costs.
+then have shapes that are known when the graph is compiled, which makes it up to twice as fast. What a token
+gets does not depend on the size of the graph that reads it, nor on the tokens beside it, to the last bit
+(tested): so a larger one may stand in for one that is still being compiled.
 """
 
 from __future__ import annotations
@@ -27,11 +24,8 @@ from runtime.positions import BoolArray, Int64Array
 from runtime.session import Float32Array
 from runtime.threads import Threads
 
-FEW = 4
-"""So many tokens are read in float32."""
 SIZES = (16, 48, 96, 112)
-"""Tokens of the graphs for more than that. Longer blocks are read in parts: more rows make no product
-faster."""
+"""Tokens of a graph. Longer blocks are read in parts: more rows make a product no faster."""
 ANSWERS = 32
 """Tokens that a graph answers for; more than that, and it is one that answers for all."""
 # Lengths of what is looked at are few: for each new one OpenVINO prepares a graph again.
@@ -59,7 +53,8 @@ class BlockGraphs:
     def __init__(self, path: Path, shapes: Shapes, threads: Threads, *, bf16: bool = True) -> None:
         self._path, self._shapes, self._threads, self._bf16 = path, shapes, threads, bf16
         self._core = Core()
-        self._few, self._many = read_blocks(self._core, path, shapes.layers)
+        # Kept: what is compiled from one model shares its weights.
+        self._models = read_blocks(self._core, path, shapes.layers)
         self._graphs = Orders(self._compile)
         self._foresees = False
         # The largest does for all, until there are others.
@@ -67,9 +62,7 @@ class BlockGraphs:
 
     def foresee(self) -> None:
         """From now on have graphs that would fit better made in the background, for blocks to come."""
-        if not self._foresees:
-            self._foresees = True
-            self._graphs.order((FEW, FEW))
+        self._foresees = True
 
     def read(
         self, rows: Rows, cache: Cache, start: int, sees: BoolArray, wanted: Sequence[int] | Int64Array
@@ -119,20 +112,17 @@ class BlockGraphs:
             **{f"{letter}_cache_{layer}": cache for layer in range(s.layers) for letter in "kv"},
         }
         threads = self._threads.step if size <= _SHORT else self._threads.decoder
-        models = (self._few,) if size <= FEW else self._many
         parts = []
-        for model in models:
+        for model in self._models:
             taken = {given.any_name: shapes[given.any_name] for given in model.inputs}
             # The last part computes in float32.
-            half = self._bf16 and model is not models[-1]
+            half = self._bf16 and model is not self._models[-1]
             parts.append(compile_model(self._core, model, self._path, threads, bf16=half, shapes=taken))
         return _Graph(parts, s, kind)
 
 
 def _fitting(count: int, answers: int) -> list[_Kind]:
     """Graphs that take ``count`` tokens and answer for ``answers`` of them, the best one first."""
-    if count <= FEW:
-        return [(FEW, FEW)]
     return [(size, size if answers > ANSWERS else min(size, ANSWERS)) for size in SIZES if size >= count]
 
 

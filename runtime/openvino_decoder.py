@@ -13,6 +13,7 @@ f32 [2, kv_heads, S, head_dim].
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,15 @@ def read_step(core: Core, path: Path, layers: int) -> Model:
     return model
 
 
-def read_blocks(core: Core, path: Path, layers: int) -> tuple[Model, tuple[Model, ...]]:
-    """Graphs for a block of tokens, which have the input "logits_index" too. Raises as `read_step`.
+def read_blocks(core: Core, path: Path, layers: int) -> tuple[Model, ...]:
+    """The graph for a block of tokens, which has the input "logits_index" too. Raises as `read_step`.
 
-    Answers the one for few tokens, its matrices held as `read_step` has them; and for many tokens that of the
-    first layers and that of the rest (see `runtime.openvino_cut`), or one alone where layers have no names.
+    In two parts: the first layers, and the rest (see `runtime.openvino_cut`). In one where layers have no
+    names.
     """
     whole = _Reader(core, single=False).read(path, layers)
-    few = whole.clone()
-    compress(few)
-    return few, cut(whole, _LAYER, _SHARE) or (whole,)
+    transpose(whole)
+    return cut(whole, _LAYER, _SHARE) or (whole,)
 
 
 class _Reader:
@@ -141,6 +141,25 @@ class _Reader:
 def compress(model: Model) -> int:
     """Hold the matrices of products that lie on the int8 grid as whole numbers and scales; how many do."""
     count = 0
+    for node, weight in _products(model):
+        numbers, scale = fit(weight)
+        if not np.array_equal((numbers.astype(np.float32) * scale).reshape(weight.shape), weight):
+            continue
+        wide = op.multiply(op.convert(op.constant(numbers), "f32"), op.constant(scale))
+        _replace(node, op.reshape(wide, _numbers(*weight.shape), False))
+        count += 1
+    return count
+
+
+def transpose(model: Model) -> None:
+    """Hold the matrices of products as OpenVINO wants them: else every compilation makes a copy."""
+    for node, weight in _products(model):
+        if not node.get_attributes()["transpose_b"]:
+            _replace(node, op.constant(np.ascontiguousarray(weight)))
+
+
+def _products(model: Model) -> Iterator[tuple[Any, Float32Array]]:
+    """Products with a constant matrix, f32 [out, in]."""
     for node in model.get_ordered_ops():
         if node.get_type_name() != "MatMul":
             continue
@@ -149,17 +168,14 @@ def compress(model: Model) -> int:
         if constant.get_type_name() != "Constant" or not is_float32(constant):
             continue
         weight = constant.data if node.get_attributes()["transpose_b"] else constant.data.T
-        if weight.ndim != 2:
-            continue
-        numbers, scale = fit(weight)
-        if not np.array_equal((numbers.astype(np.float32) * scale).reshape(weight.shape), weight):
-            continue
-        wide = op.multiply(op.convert(op.constant(numbers), "f32"), op.constant(scale))
-        whole = op.reshape(wide, _numbers(*weight.shape), False)
-        product = op.matmul(node.input_value(0), whole, node.get_attributes()["transpose_a"], True)
-        node.output(0).replace(product.output(0))
-        count += 1
-    return count
+        if weight.ndim == 2:
+            yield node, weight
+
+
+def _replace(node: Any, weight: Any) -> None:
+    """Put a product with ``weight``, [out, in], in the place of ``node``."""
+    product = op.matmul(node.input_value(0), weight, node.get_attributes()["transpose_a"], True)
+    node.output(0).replace(product.output(0))
 
 
 def score_bias(past: BoolArray, own: BoolArray, out: Float32Array) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 _Made = TypeVar("_Made")
 
 float32 = ov.Type.f32
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def has_bf16(core: ov.Core) -> bool:
@@ -83,6 +86,14 @@ def compile_model(
         return core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise _refused(path, error) from error
+    finally:
+        _give_back()
+
+
+def _give_back() -> None:
+    """Have the C library give back what compilers have freed: glibc keeps it for each thread by itself."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def make_model(outputs: Sequence[Any], inputs: Sequence[Any]) -> ov.Model:
