@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.interpreter_rounding import round_to_nearest
 from kernels.op import using
 from kernels.plan import Problem, ReadPlan, WritePlan, plan_read, plan_write
 from kernels.reference import DIRECTIONS, PROMPT_TO_IMAGE, Weights, attend_and_norm
@@ -226,6 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    round_to_nearest()
     good = True
     for row in check_all(arguments.seed, arguments.device):
         good = good and row["error"] <= BOUNDS[row["dtype"]]

@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks.interpreter_rounding import round_to_nearest
 from benchmarks.kernel_cases import DTYPES
 from kernels.op import using
 from ppcr.checkpoint import SHIPPED
@@ -93,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "fp16"])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    round_to_nearest()
     good = True
     for dtype in arguments.dtypes:
         row = agreement(arguments.seed, dtype)

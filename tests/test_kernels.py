@@ -153,15 +153,47 @@ def test_worst_sees_what_is_not_a_number() -> None:
     assert torch.ones(2).isfinite().all()
 
 
-def test_interpreter_multiplies_fp32_as_the_hardware_does() -> None:
-    """Three TF32 products are a thousand times better than one, and no better than fp32 itself."""
+def in_interpreter(program: str) -> Any:
+    """What ``program`` prints as JSON, with Triton's interpreter."""
     pytest.importorskip("triton", reason="the kernels are written in Triton")
-    command = [sys.executable, "-c", PRODUCTS]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=kernel.ROOT, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    one, three = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_interpreter_multiplies_fp32_as_the_hardware_does() -> None:
+    """Three TF32 products are a thousand times better than one, and no better than fp32 itself."""
+    one, three = in_interpreter(PRODUCTS)
     assert 1e-4 < one < 1e-3 and 1e-8 < three < 1e-6
+
+
+def test_interpreter_rounds_bfloat16_as_the_hardware_does() -> None:
+    assert in_interpreter(ROUNDED) == [0, 0]
+
+
+ROUNDED = """
+import torch
+import triton
+import triton.language as tl
+from benchmarks.interpreter_rounding import round_to_nearest
+
+@triton.jit
+def convert(p_a, p_out, p_back, S: tl.constexpr):
+    i = tl.arange(0, S)
+    a = tl.load(p_a + i)
+    tl.store(p_out + i, a.to(tl.bfloat16))
+    tl.store(p_back + i, a.to(tl.bfloat16).to(tl.float32))
+
+round_to_nearest()
+a = torch.randn(1024) * torch.logspace(-30, 30, 1024)
+a[:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, float("inf"), -0.0])  # ties go to the even one
+out, back = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024)
+convert[(1,)](a, out, back, 1024)
+wanted = a.bfloat16()
+print([int((out != wanted).sum()), int((back != wanted.float()).sum())])
+"""
 
 
 PRODUCTS = """
