@@ -7,11 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ppcr.manifest import Shapes
-from ppcr.tensors import RowTable
 from runtime.branches import Block, LaidOut, Layout
-from runtime.host_context import Cache, empty_cache
-from runtime.positions import Tables
+from runtime.host_context import Cache, HostDecoder, empty_cache
 from runtime.session import Float32Array
 
 
@@ -25,26 +22,16 @@ class HostBranches(LaidOut):
         floats: numpy's type of what the engine is fed.
     """
 
-    def __init__(
-        self,
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        trunk: Cache,
-        count: int,
-        floats: Any = np.float32,
-    ) -> None:
-        self._shapes, self._tables, self._floats = shapes, tables, floats
-        self._embedding, self._image_token = embedding, image_token
-        self._layout = Layout(count, next(iter(trunk.values())).shape[2], len(tables.cos))
+    def __init__(self, host: HostDecoder, trunk: Cache, count: int, floats: Any = np.float32) -> None:
+        self._host, self._shapes, self._tables, self._floats = host, host.shapes, host.tables, floats
+        self._layout = Layout(count, next(iter(trunk.values())).shape[2], len(host.tables.cos))
         self._cache = trunk
 
     def extend(
         self, parts: Mapping[int, Sequence[int]], guesses: Mapping[int, int] | None = None
     ) -> Float32Array:
         """Read on in some branches; logits f32 [sum of 1 + guesses, vocabulary] at the end of each part."""
-        if any(self._image_token in tokens for tokens in parts.values()):
+        if any(self._host.image_token in tokens for tokens in parts.values()):
             raise ValueError("image tokens belong to what all branches begin with")
         block = self._layout.place(parts, guesses)
         self._reserve(block.start, block.mask.shape[1])

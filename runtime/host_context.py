@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,21 @@ Cache = dict[tuple[str, int], npt.NDArray[Any]]
 """Keys and values, f[1, kv_heads, length, head_dim], by ("k" or "v", layer): layer by layer, keys first."""
 
 
+@dataclass(frozen=True)
+class HostDecoder:
+    """What the host has of a decoder, whatever computes it.
+
+    Attributes:
+        tables: positions of conversations about images of one size. embedding: f32 [vocabulary, hidden].
+        image_token: id of the tokens that stand for an image's features.
+    """
+
+    shapes: Shapes
+    tables: Tables
+    embedding: Float32Array | RowTable
+    image_token: int
+
+
 class HostContext(FilledContext):
     """`runtime.session.Context`, and of `VerifyingContext` the method, but for the engine's own part.
 
@@ -28,17 +44,9 @@ class HostContext(FilledContext):
         floats: numpy's type of what the engine is fed.
     """
 
-    def __init__(
-        self,
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        length: int,
-        floats: Any = np.float32,
-    ) -> None:
-        self._embedding, self._image_token = embedding, image_token
-        self._capacity, self._shapes, self._tables = length, shapes, tables
+    def __init__(self, host: HostDecoder, length: int, floats: Any = np.float32) -> None:
+        shapes, tables = host.shapes, host.tables
+        self._host, self._capacity, self._shapes = host, length, shapes
         half = shapes.head_dim // 2
         self._logits = np.zeros((1, 1, shapes.vocabulary), np.float32)
         self._at = np.zeros(1, np.int64)
@@ -75,9 +83,9 @@ class HostContext(FilledContext):
     def extend(self, token_ids: Sequence[int], features: Float32Array | None = None) -> Float32Array:
         """Run a block; logits f32 [vocabulary] after its last token, overwritten by the next call."""
         count, start = len(token_ids), self._begin(token_ids)
-        if count == 1 and features is None and token_ids[0] != self._image_token:
+        if count == 1 and features is None and token_ids[0] != self._host.image_token:
             step = self._step
-            step["inputs_embeds"][0, 0] = self._embedding[token_ids[0]]
+            step["inputs_embeds"][0, 0] = self._host.embedding[token_ids[0]]
             step["rope_cos"][0, 0] = self._cos[start]
             step["rope_sin"][0, 0] = self._sin[start]
             step["attn_mask"][0, 0, 0] = self._mask[start]
@@ -123,9 +131,9 @@ class HostContext(FilledContext):
     def _embed(self, ids: Int64Array, features: Float32Array | None) -> tuple[npt.NDArray[Any], ...]:
         """Embeddings f[S, hidden] of a block; what is added after the first layers, f[levels, S, hidden]."""
         embeds, levels = self._embeds[: len(ids)], self._levels[:, : len(ids)]
-        embeds[:] = self._embedding[ids]
+        embeds[:] = self._host.embedding[ids]
         levels[:] = 0
-        places = np.flatnonzero(ids == self._image_token)
+        places = np.flatnonzero(ids == self._host.image_token)
         held = 0 if features is None else features.shape[-2]
         if len(places) != held:
             raise ValueError(f"{len(places)} image tokens, but features of {held}")

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle import Bundle
-from runtime.host_context import Cache, HostContext
-from runtime.positions import Tables, make_tables
+from runtime.host_context import Cache, HostContext, HostDecoder
+from runtime.positions import make_tables
 from runtime.session import Float32Array
 
 _CACHE_STEP = 64
@@ -41,7 +41,7 @@ class HostMLLM:
         self._image_token = bundle.tokenizer.image_token
         self._image_start = len(bundle.tokenizer.before_image)
         self._prefixes: dict[tuple[int, ...], Cache] = {}
-        self._tables: dict[tuple[int, int], Tables] = {}
+        self._hosts: dict[tuple[int, int], HostDecoder] = {}
 
     def encode_image(self, patches: Float32Array, *, size: tuple[int, int] | None = None) -> Float32Array:
         """Patches f32 [patches, patch_dim] to features f32 [image_tokens, hidden].
@@ -54,7 +54,7 @@ class HostMLLM:
         found = self._towers.run(size or self._config.image_size, names, patches)
         return np.asarray(np.stack(found) if levels else found[0], np.float32)
 
-    def _new_context(self, tables: Tables, length: int) -> HostContext:
+    def _new_context(self, host: HostDecoder, length: int) -> HostContext:
         raise NotImplementedError
 
     def open(
@@ -65,8 +65,8 @@ class HostMLLM:
         size: tuple[int, int] | None = None,
     ) -> HostContext:
         """A conversation that begins with ``prefix``, computed the first time and copied from then on."""
-        length, tables = self._cache_length(max_length), self._tables_of(size or self._config.image_size)
-        context = self._new_context(tables, length)
+        length, host = self._cache_length(max_length), self._host_of(size or self._config.image_size)
+        context = self._new_context(host, length)
         key = tuple(prefix)
         if not key:
             return context
@@ -79,12 +79,14 @@ class HostMLLM:
             context.restore(known, len(key))
         return context
 
-    def _tables_of(self, size: tuple[int, int]) -> Tables:
-        if size not in self._tables:
+    def _host_of(self, size: tuple[int, int]) -> HostDecoder:
+        """For images of ``size``, always the same one."""
+        if size not in self._hosts:
             grid = self._config.grid_of(size)
             tables = make_tables(self._shapes.max_length, self._image_start, grid, self._rotary)
-            self._tables = {**self._tables, size: tables}
-        return self._tables[size]
+            host = HostDecoder(self._shapes, tables, self._embedding, self._image_token)
+            self._hosts.setdefault(size, host)
+        return self._hosts[size]
 
     def _cache_length(self, wanted: int | None) -> int:
         most = self._shapes.max_length

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ppcr.manifest import Shapes
-from ppcr.tensors import RowTable
 from runtime.branches import Block
 from runtime.host_branches import HostBranches
-from runtime.host_context import Cache
+from runtime.host_context import Cache, HostDecoder
 from runtime.onnxruntime_library import Binding, Session, Value, floats_of
-from runtime.positions import Tables
 from runtime.session import Float32Array
 
 
@@ -22,17 +19,10 @@ class OnnxBranches(HostBranches):
     """
 
     def __init__(
-        self,
-        decoders: tuple[Session, Session],
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        trunk: Cache,
-        count: int,
+        self, decoders: tuple[Session, Session], host: HostDecoder, trunk: Cache, count: int
     ) -> None:
-        super().__init__(shapes, tables, embedding, image_token, trunk, count, floats_of(decoders[0]))
-        self._logits = np.zeros((count, shapes.vocabulary), np.float32)
+        super().__init__(host, trunk, count, floats_of(decoders[0]))
+        self._logits = np.zeros((count, self._shapes.vocabulary), np.float32)
         self._bindings: list[tuple[Session, Binding]] = [(one, one.io_binding()) for one in decoders]
 
     def _read(self, block: Block) -> Float32Array:
@@ -43,7 +33,7 @@ class OnnxBranches(HostBranches):
         answer = self._logits[: len(block.last)]
         added = np.zeros((1, count, self._shapes.hidden), self._floats)
         fed = {
-            "inputs_embeds": self._embedding[block.ids][None].astype(self._floats, copy=False),
+            "inputs_embeds": self._host.embedding[block.ids][None].astype(self._floats, copy=False),
             "rope_cos": tables.cos[block.positions][None].astype(self._floats, copy=False),
             "rope_sin": tables.sin[block.positions][None].astype(self._floats, copy=False),
             "write_indices": np.asarray([block.start], np.int64),

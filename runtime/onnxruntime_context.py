@@ -8,12 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ppcr.manifest import Shapes
-from ppcr.tensors import RowTable
-from runtime.host_context import HostContext
+from runtime.host_context import HostContext, HostDecoder
 from runtime.onnxruntime_branches import OnnxBranches
 from runtime.onnxruntime_library import Binding, Session, Value, floats_of
-from runtime.positions import Int64Array, Tables
+from runtime.positions import Int64Array
 from runtime.session import Float32Array
 
 # Tokens of text up to which a block has the threads of a step: the image encoder may be at work beside it,
@@ -29,17 +27,9 @@ class OnnxContext(HostContext):
     views of buffers that already exist.
     """
 
-    def __init__(
-        self,
-        decoders: tuple[Session, Session],
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        length: int,
-    ) -> None:
+    def __init__(self, decoders: tuple[Session, Session], host: HostDecoder, length: int) -> None:
         self._decoder, self._stepper = decoders
-        super().__init__(shapes, tables, embedding, image_token, length, floats_of(self._decoder))
+        super().__init__(host, length, floats_of(self._decoder))
         self._last = np.zeros(1, np.int64)
         self._held = {place: self._value(memory) for place, memory in self._cache.items()}
         self._answer = self._value(self._logits)
@@ -89,10 +79,7 @@ class OnnxContext(HostContext):
 
     def branch(self, count: int) -> OnnxBranches:
         """``count`` conversations that begin with what this one holds, on a cache of their own."""
-        return OnnxBranches(
-            (self._decoder, self._stepper), self._shapes, self._tables, self._embedding, self._image_token,
-            self.snapshot(), count,
-        )  # fmt: skip
+        return OnnxBranches((self._decoder, self._stepper), self._host, self.snapshot(), count)
 
     def _read_block(
         self, ids: Int64Array, start: int, features: Float32Array | None, answers: Float32Array | None

@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from ppcr.errors import BundleError, EngineError, PPCRError
 from runtime.bundle import Bundle
+from runtime.host_context import HostDecoder
 from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import (
+    Session,
     graph_options,
     on_device,
     open_graph,
@@ -147,9 +149,9 @@ class BoundMLLM(OnnxMLLM):
         Its cache is that of a conversation that ended, or a new one.
         """
         self._cache_length(max_length)
-        tables, key = self._tables_of(size or self._config.image_size), tuple(prefix)
+        host, key = self._host_of(size or self._config.image_size), tuple(prefix)
         with self._lock, _clear_errors():
-            fitting = [cache for cache in self._free if cache.tables is tables]
+            fitting = [cache for cache in self._free if cache.host is host]
             if fitting:
                 cache = fitting[-1]
                 self._free.remove(cache)
@@ -157,9 +159,8 @@ class BoundMLLM(OnnxMLLM):
             else:
                 graph = self._made if self._graphs else _NO_GRAPH
                 cache = DeviceCache(
-                    (self._decoder, self._decoder), self._shapes, tables, self._embedding,
-                    self._image_token, self._shapes.max_length, device=self._device, graph=graph,
-                )  # fmt: skip
+                    self._decoders, host, self._shapes.max_length, device=self._device, graph=graph
+                )
                 self._made += 1
             if key in self._read:
                 cache.restore(self._read[key], len(key))
@@ -176,10 +177,11 @@ class DeviceCache(OnnxContext):
     this cache, which is therefore used again rather than made anew.
     """
 
-    def __init__(self, *arguments: Any, device: str, graph: int) -> None:
-        self._device = device
-        super().__init__(*arguments)
-        self.tables = arguments[2]
+    def __init__(
+        self, decoders: tuple[Session, Session], host: HostDecoder, length: int, *, device: str, graph: int
+    ) -> None:
+        self._device, self.host = device, host
+        super().__init__(decoders, host, length)
         self._recorded, self._plain = graph_options(graph), graph_options(_NO_GRAPH)
 
     def snapshot(self) -> dict[tuple[str, int], Any]:

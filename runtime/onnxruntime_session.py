@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 from ppcr.manifest import WEIGHTS, vision_role
 from runtime.bundle import Bundle
+from runtime.host_context import HostDecoder
 from runtime.host_mllm import HostMLLM, ImageTowers
 from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import Session, floats_of, open_graph
 from runtime.onnxruntime_segmenter import OnnxSegmenter
-from runtime.positions import Tables
 from runtime.session import Float32Array, Sessions
 from runtime.threads import Threads, share_threads
 
@@ -100,5 +100,5 @@ class OnnxMLLM(HostMLLM):
         super().__init__(towers, bundle, fixed=isinstance(cache.shape[2], int))
         self._decoders = decoders
 
-    def _new_context(self, tables: Tables, length: int) -> OnnxContext:
-        return OnnxContext(self._decoders, self._shapes, tables, self._embedding, self._image_token, length)
+    def _new_context(self, host: HostDecoder, length: int) -> OnnxContext:
+        return OnnxContext(self._decoders, host, length)

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ppcr.manifest import Shapes
-from ppcr.tensors import RowTable
 from runtime.branches import Block
 from runtime.host_branches import HostBranches
-from runtime.host_context import Cache, HostContext
+from runtime.host_context import Cache, HostContext, HostDecoder
 from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import Session
 from runtime.openvino_block import BlockGraphs
 from runtime.openvino_library import Compiled
 from runtime.openvino_step import ROWS, Step, StepGraphs
-from runtime.positions import Int64Array, Tables
+from runtime.positions import Int64Array
 from runtime.session import Float32Array
 
 
@@ -27,16 +24,9 @@ class MixedContext(OnnxContext):
     """`runtime.session.Context`: one KV cache, read in blocks by onnxruntime and stepped by OpenVINO."""
 
     def __init__(
-        self,
-        decoders: tuple[Session, Session],
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        length: int,
-        step: Compiled,
+        self, decoders: tuple[Session, Session], host: HostDecoder, length: int, step: Compiled
     ) -> None:
-        super().__init__(decoders, shapes, tables, embedding, image_token, length)
+        super().__init__(decoders, host, length)
         rows = {name: self._step[name] for name in ROWS}
         self._stepped = Step(step, rows, self._cache, self._logits)
 
@@ -49,27 +39,15 @@ class OpenVinoContext(HostContext):
 
     can_verify = can_branch = True
 
-    def __init__(
-        self,
-        blocks: BlockGraphs,
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        length: int,
-        step: Compiled,
-    ) -> None:
-        super().__init__(shapes, tables, embedding, image_token, length)
+    def __init__(self, blocks: BlockGraphs, host: HostDecoder, length: int, step: Compiled) -> None:
+        super().__init__(host, length)
         self._blocks = blocks
         rows = {name: self._step[name] for name in ROWS}
         self._stepped = Step(step, rows, self._cache, self._logits)
 
     def branch(self, count: int) -> OpenVinoBranches:
         """``count`` conversations that begin with what this one holds, on a cache of their own."""
-        return OpenVinoBranches(
-            self._blocks, self._shapes, self._tables, self._embedding, self._image_token,
-            self.snapshot(), count,
-        )  # fmt: skip
+        return OpenVinoBranches(self._blocks, self._host, self.snapshot(), count)
 
     def _launch_step(self) -> None:
         self._stepped.run(int(self._at[0]))
@@ -89,23 +67,14 @@ class OpenVinoContext(HostContext):
 class OpenVinoBranches(HostBranches):
     """`runtime.session.Branches` on a cache of its own, read by OpenVINO."""
 
-    def __init__(
-        self,
-        blocks: BlockGraphs,
-        shapes: Shapes,
-        tables: Tables,
-        embedding: Float32Array | RowTable,
-        image_token: int,
-        trunk: Cache,
-        count: int,
-    ) -> None:
-        super().__init__(shapes, tables, embedding, image_token, trunk, count)
+    def __init__(self, blocks: BlockGraphs, host: HostDecoder, trunk: Cache, count: int) -> None:
+        super().__init__(host, trunk, count)
         self._blocks = blocks
 
     def _read(self, block: Block) -> Float32Array:
         nothing = np.zeros((len(block.ids), self._shapes.hidden), np.float32)
         rows: dict[str, Any] = {
-            "inputs_embeds": self._embedding[block.ids],
+            "inputs_embeds": self._host.embedding[block.ids],
             "rope_cos": self._tables.cos[block.positions],
             "rope_sin": self._tables.sin[block.positions],
             **{f"deepstack_{level}": nothing for level in range(self._shapes.deepstack)},
@@ -127,26 +96,26 @@ class Conversations:
 
     def __init__(self, steps: StepGraphs, usual: int) -> None:
         self._steps = steps
-        # By table and length of cache.
+        # By decoder and length of cache.
         self._ended: defaultdict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
         steps.of(usual)
 
-    def begin(self, kind: type[_Context], given: tuple[Any, ...], longer: int) -> tuple[_Context, bool]:
-        """An empty conversation, and whether it has the memory of one that ended.
+    def begin(
+        self, kind: type[_Context], engine: Any, host: HostDecoder, length: int, longer: int
+    ) -> tuple[_Context, bool]:
+        """An empty conversation for ``length`` tokens, and whether it has the memory of one that ended.
 
         Then it is not the first one: conversations of ``longer`` tokens will come as well, and their step is
         compiled in the background.
 
         Args:
-            given: what ``kind`` is made of, but for the step: tables are its third, the length its last.
+            engine: what reads its blocks.
         """
-        tables, length = given[2], given[-1]
-        ended = self._ended[id(tables), length]
+        ended = self._ended[id(host), length]
         try:
             state = ended.pop()
         except IndexError:
-            make: Callable[..., _Context] = kind
-            context, used = make(*given, self._steps.of(length)), False
+            context, used = kind(engine, host, length, self._steps.of(length)), False
         else:
             context, used = kind.__new__(kind), True
             context.__dict__ = state

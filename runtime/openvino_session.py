@@ -17,7 +17,7 @@ from ppcr.errors import EngineError
 from ppcr.manifest import DATA, WEIGHTS
 from ppcr.prompts import MAX_TARGETS
 from runtime.bundle import AUTO, Bundle
-from runtime.host_context import HostContext
+from runtime.host_context import HostDecoder
 from runtime.host_mllm import HostMLLM, ImageTowers
 from runtime.onnxruntime_library import Session, open_graph
 from runtime.onnxruntime_session import OnnxMLLM, Towers, load_decoder, plan_threads
@@ -27,7 +27,6 @@ from runtime.openvino_library import Core, has_bf16
 from runtime.openvino_segmenter import OpenVinoSegmenter
 from runtime.openvino_step import StepGraphs
 from runtime.openvino_tower import HalfTowers
-from runtime.positions import Tables
 from runtime.session import MLLMSession, Sessions
 from runtime.threads import Threads
 
@@ -92,9 +91,9 @@ class OpenVinoMLLM(HostMLLM):
         self._blocks = blocks
         self._conversations = Conversations(steps, self._cache_length(_usual_length(bundle)))
 
-    def _new_context(self, tables: Tables, length: int) -> HostContext:
-        given = self._blocks, self._shapes, tables, self._embedding, self._image_token, length
-        context, used = self._conversations.begin(OpenVinoContext, given, self._after(length))
+    def _new_context(self, host: HostDecoder, length: int) -> OpenVinoContext:
+        longer = self._after(length)
+        context, used = self._conversations.begin(OpenVinoContext, self._blocks, host, length, longer)
         if used:
             self._blocks.foresee()
         return context
@@ -109,9 +108,9 @@ class MixedMLLM(OnnxMLLM):
         super().__init__(towers, decoders, bundle)
         self._conversations = Conversations(steps, self._cache_length(_usual_length(bundle)))
 
-    def _new_context(self, tables: Tables, length: int) -> MixedContext:
-        given = self._decoders, self._shapes, tables, self._embedding, self._image_token, length
-        return self._conversations.begin(MixedContext, given, self._after(length))[0]
+    def _new_context(self, host: HostDecoder, length: int) -> MixedContext:
+        longer = self._after(length)
+        return self._conversations.begin(MixedContext, self._decoders, host, length, longer)[0]
 
 
 def _usual_length(bundle: Bundle) -> int:

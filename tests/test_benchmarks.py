@@ -82,9 +82,10 @@ def test_latency(root: Path, bundle: Path, checkpoint: Path) -> None:
     assert last["accepted_share"] > 0.5 and last["forward_calls"] < last["tokens"]
     assert last["speedup"] == pytest.approx(last["plain_torch_p50_s"] / last["end_to_end_p50_s"], rel=1e-2)
     assert last["second_expression_p50_s"] > 0 and last["second_expression_speedup"] > 0
-    # torch alone takes more than a bundle on onnxruntime. OpenVINO compiles several graphs of one model.
+    # torch alone takes more than a bundle on onnxruntime. OpenVINO holds several graphs of one decoder, and
+    # with them about as much as torch.
     assert 20 < last["by_threads"]["1"]["fp32"]["peak_memory_mb"] < last["plain_torch_peak_memory_mb"]
-    assert 20 < last["peak_memory_mb"] < 2 * last["plain_torch_peak_memory_mb"]
+    assert 20 < last["peak_memory_mb"] < 1.2 * last["plain_torch_peak_memory_mb"]
     # The fp32 engine answers as the reference does; that masks decoded here agree shows the rows' pairing.
     assert last["by_threads"]["1"]["fp32"]["agreement"] > 0.95
     assert lines[0].startswith(f"compared  {first}")

@@ -12,7 +12,7 @@ import pytest
 
 from ppcr.errors import BundleError
 from runtime.bundle import Bundle
-from runtime.host_context import Cache, empty_cache
+from runtime.host_context import Cache, HostDecoder, empty_cache
 from runtime.onnxruntime_context import OnnxContext
 from runtime.onnxruntime_library import open_graph
 from runtime.positions import Tables, make_tables
@@ -50,7 +50,8 @@ class Blocks:
     def reference(self, path: Path | None = None) -> OnnxContext:
         session = open_graph(path or self.path, 1)
         token = self.bundle.tokenizer.image_token
-        return OnnxContext((session, session), self.shapes, self.tables, self.bundle.embedding, token, LENGTH)
+        host = HostDecoder(self.shapes, self.tables, self.bundle.embedding, token)
+        return OnnxContext((session, session), host, LENGTH)
 
 
 @pytest.fixture(scope="module")
