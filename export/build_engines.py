@@ -292,15 +292,15 @@ def _parity(
 
     from export.engine_parity import faster_here, measure_faster
     from export.formats import NOT_ON_CPU
-    from export.parity import make_cases, measure
+    from export.parity import Cases, measure
     from ppcr.model.reference import ReferencePipeline
 
     transformers_logging.disable_progress_bar()
     reference = ReferencePipeline.load(checkpoint)
-    cases = make_cases(reference, options.parity_scenes, progress)
+    cases = Cases(reference, options.parity_scenes, progress)
     runnable = [precision for precision in options.precision if precision not in NOT_ON_CPU]
     figures = {precision: measure(part, precision, cases, progress) for precision in runnable}
-    bar.total += len(cases) * len(faster_here(Manifest.load(part)))
+    bar.total += cases.count * len(faster_here(Manifest.load(part)))
     return {**figures, **measure_faster(part, cases, progress)}
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from export.parity import Case, Progress, compare, make_cases
+from export.parity import Cases, Progress, judge
 from ppcr.checkpoint import Checkpoint
 from ppcr.errors import CheckpointError, PPCRError
 from ppcr.manifest import Manifest, Parity, parity_key
@@ -27,7 +26,7 @@ def check_engine(
     Args:
         source: folder of the checkpoint that the bundle was made from.
         precision: one that the engine computes in, or "auto".
-        scenes: how many held-out scenes.
+        scenes: how many held-out scenes, unless these cannot tell (`export.parity.judge`).
 
     Returns:
         where in the manifest's ``parity`` they are, and the figures. A failed engine is not chosen by itself.
@@ -39,8 +38,8 @@ def check_engine(
     if checkpoint.source_hash() != Manifest.load(bundle).source:
         raise CheckpointError(f"{bundle} was not made from {source}: give its checkpoint with --checkpoint")
     with Pipeline.load(bundle, engine=engine, precision=precision, checkpoint=source) as pipeline:
-        cases = make_cases(ReferencePipeline.load(checkpoint), scenes, progress)
-        parity = compare(pipeline, cases, progress)
+        cases = Cases(ReferencePipeline.load(checkpoint), scenes, progress)
+        parity = judge(pipeline, cases, progress)
         key = parity_key(gate_name(engine), str(pipeline.engine["precision"]))
     # Read again: a measurement takes minutes, in which engines may have been added.
     manifest = Manifest.load(bundle)
@@ -61,10 +60,10 @@ def faster_here(manifest: Manifest) -> list[tuple[str, str]]:
     return found
 
 
-def measure_faster(bundle: Path, cases: Sequence[Case], progress: Progress) -> dict[str, Parity]:
+def measure_faster(bundle: Path, cases: Cases, progress: Progress) -> dict[str, Parity]:
     """Figures of `faster_here` over ``cases``, as the manifest's ``parity`` keeps them."""
     figures = {}
     for engine, precision in faster_here(Manifest.load(bundle)):
         with Pipeline.load(bundle, engine=engine, precision=precision) as pipeline:
-            figures[parity_key(engine, precision)] = compare(pipeline, cases, progress)
+            figures[parity_key(engine, precision)] = judge(pipeline, cases, progress)
     return figures

@@ -48,9 +48,8 @@ _FIELDS = (
     f"Example: dog; small brown; left of the sofa; {COUNT_WORDS[1]}\n"
     "Phrase:\n"
 )
-_BOXES = (
-    "Detect each of these things in the picture and report the bbox_2d coordinates of each in JSON format."
-)
+# Short: it comes after stage 1's answer, so that every expression has to read it anew.
+_BOXES = "Detect each and report its bbox_2d coordinates in JSON format."
 _OPEN, _BETWEEN, _CLOSE = '```json\n[\n\t{"bbox_2d": [', ']},\n\t{"bbox_2d": [', "]}\n]\n```"
 _BOX = re.compile(r"\[\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*\]")
 
@@ -116,7 +115,7 @@ class ZeroShotTokenizer(PromptTokenizer):
 
     def _boxes(self, count: int) -> Constraint:
         # Cut from the ids of a whole answer, so that what is forced is what the model would have written.
-        ids = self.encode(_answer([[1, 1, 1, 1]] * count))
+        ids = self.encode(written([[1, 1, 1, 1]] * count))
         places = [place for place, token in enumerate(ids) if token == self.digits[1]]
         if len(places) != 4 * count:
             raise BundleError("this tokenizer.json hides the numbers of a box: use the one of a Qwen model")
@@ -142,10 +141,11 @@ class ZeroShotTokenizer(PromptTokenizer):
 
     def spatial_ids(self, prompt: SpatialPrompt, size: tuple[int, int] = (1, 1)) -> list[int]:
         """What the model would have written to say ``prompt``; ``size`` as in `spatial`."""
-        return self.encode(_answer(frames.to_written(prompt.boxes, self.convention, size).tolist()))
+        return self.encode(written(frames.to_written(prompt.boxes, self.convention, size).tolist()))
 
 
-def _answer(boxes: Sequence[Sequence[int]]) -> str:
+def written(boxes: Sequence[Sequence[int]]) -> str:
+    """Boxes of four whole numbers each as these models write them."""
     return _OPEN + _BETWEEN.join(", ".join(str(number) for number in box) for box in boxes) + _CLOSE
 
 

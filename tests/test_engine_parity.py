@@ -47,9 +47,8 @@ def test_an_engine_that_disagrees_fails_and_is_remembered(
     copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = Parity(1, 0.0, 0.25, 0.25, False)
-    monkeypatch.setattr(engine_parity, "make_cases", lambda *_: [])
     monkeypatch.setattr(engine_parity.ReferencePipeline, "load", lambda checkpoint: None)
-    monkeypatch.setattr(engine_parity, "compare", lambda *_: bad)
+    monkeypatch.setattr(engine_parity, "judge", lambda *_: bad)
     assert check(copy, "--check-engine", "onnxruntime", "--precision", "int8") == ParityError.exit_code
     told = capsys.readouterr().err
     assert "int8 disagrees" in told and "mean mask IoU 0.2500 (gate 0.98)" in told
@@ -99,11 +98,68 @@ def test_masks_and_tokens_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parity_key("openvino", "bf16") == "openvino bf16" and parity_key("onnxruntime", "int8") == "int8"
 
 
+class Answers:
+    """Stands for the reference, and counts."""
+
+    given = 0
+
+    def segment(self, image: Any, expression: str) -> int:
+        self.given += 1
+        return self.given
+
+
+def test_scenes_are_answered_once_when_they_are_asked_for() -> None:
+    reference: Any = Answers()
+    told: list[str] = []
+    cases = parity.Cases(reference, 3, told.append)
+    assert reference.given == 0
+    few = cases.first(cases.count)
+    assert cases.first(3) == few and reference.given == len(told) == 3
+    more = cases.first(parity.LARGER * 3)
+    assert more[:3] == few and len(more) == reference.given == 12
+    scenes = list(parity.held_out(12))
+    for case, (image, example) in zip(more, scenes, strict=True):
+        assert np.array_equal(case.image, image) and case.expression == example.expressions[0].text
+
+
+@pytest.mark.parametrize(
+    ("same", "iou", "scenes", "again"),
+    [
+        (0.945, 0.998, 128, True),
+        (0.92, 0.98, 128, True),
+        (0.90, 0.998, 128, False),  # too far off for chance
+        (0.945, 0.97, 128, False),  # other masks
+        (0.945, 0.998, 99, False),  # too few to say anything
+        (0.95, 0.98, 128, False),  # passed
+    ],
+)
+def test_a_gate_that_chance_may_have_missed_is_judged_over_more_scenes(
+    same: float, iou: float, scenes: int, again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = Parity(scenes, same, iou, 0.9, same >= 0.95 and iou >= 0.98)
+    many = Parity(4 * scenes, 0.94, 0.99, 0.9, False)
+    asked: list[int] = []
+
+    def compare(pipeline: Any, cases: Any, progress: Any) -> Parity:
+        asked.append(len(cases))
+        return few if len(asked) == 1 else many
+
+    class Engine:
+        engine = {"precision": "bf16"}
+
+    monkeypatch.setattr(parity, "compare", compare)
+    cases, engine = parity.Cases(Answers(), scenes, lambda name: None), Engine()  # type: ignore[arg-type]
+    found = parity.judge(engine, cases, lambda name: None)  # type: ignore[arg-type]
+    # What the larger number of scenes says counts, whatever it is.
+    assert (found, asked) == ((many, [scenes, 4 * scenes]) if again else (few, [scenes]))
+
+
 def test_a_build_measures_the_faster_engines_that_are_here(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = Manifest.load(copy)
     there: list[str] = []
+    cases: Any = []
 
     def choose(bundle: Any, engine: str, *, precision: str) -> selection.Candidate:
         if engine not in there:
@@ -112,7 +168,7 @@ def test_a_build_measures_the_faster_engines_that_are_here(
 
     monkeypatch.setattr(engine_parity.selection, "choose", choose)
     assert engine_parity.faster_here(manifest) == []
-    assert engine_parity.measure_faster(copy, [], print) == {}
+    assert engine_parity.measure_faster(copy, cases, print) == {}
     there.append("openvino")
     assert engine_parity.faster_here(manifest) == [("openvino", "bf16")]
     # Unasked, an engine's own precision stands for fp32 alone.
@@ -132,6 +188,6 @@ def test_a_build_measures_the_faster_engines_that_are_here(
 
     passed = Parity(3, 1.0, 0.998, 0.98, True)
     monkeypatch.setattr(engine_parity.Pipeline, "load", load)
-    monkeypatch.setattr(engine_parity, "compare", lambda *_: passed)
-    assert engine_parity.measure_faster(copy, [], print) == {"openvino bf16": passed}
+    monkeypatch.setattr(engine_parity, "judge", lambda *_: passed)
+    assert engine_parity.measure_faster(copy, cases, print) == {"openvino bf16": passed}
     assert loaded == [{"engine": "openvino", "precision": "bf16"}]
