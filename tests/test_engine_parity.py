@@ -139,6 +139,7 @@ def test_a_gate_that_chance_may_have_missed_is_judged_over_more_scenes(
     few = Parity(scenes, same, iou, 0.9, same >= 0.95 and iou >= 0.98)
     many = Parity(4 * scenes, 0.94, 0.99, 0.9, False)
     asked: list[int] = []
+    drawn = next(parity.held_out(1))
 
     def compare(pipeline: Any, cases: Any, progress: Any) -> Parity:
         asked.append(len(cases))
@@ -148,6 +149,7 @@ def test_a_gate_that_chance_may_have_missed_is_judged_over_more_scenes(
         engine = {"precision": "bf16"}
 
     monkeypatch.setattr(parity, "compare", compare)
+    monkeypatch.setattr(parity, "held_out", lambda count: [drawn] * count)
     cases, engine = parity.Cases(Answers(), scenes, lambda name: None), Engine()  # type: ignore[arg-type]
     found = parity.judge(engine, cases, lambda name: None)  # type: ignore[arg-type]
     # What the larger number of scenes says counts, whatever it is.
