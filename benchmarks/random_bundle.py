@@ -152,7 +152,7 @@ def _write_tokenizer(folder: Path, examples: Sequence[Example]) -> None:
     path = folder / "config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     texts = ZeroShotTexts(config["model_type"])
-    # Learned with the rest, each of these texts comes out in as many tokens as in Qwen's own vocabulary.
+    # Learned with the rest, these texts come out in about as many tokens as in Qwen's own vocabulary.
     fixed = [texts.before_image, texts.after_image, texts.after_expression, texts.between_stages]
     fixed += [written([[1, 2, 3, 4]] * count) for count in (1, 2)]
     asked = [

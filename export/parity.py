@@ -24,7 +24,7 @@ from runtime.result import Result
 IMAGE_SIZE = 256
 SPLIT: Split = "val"
 LARGER = 4
-"""A gate that may have been missed by chance is judged again, over so many times the scenes."""
+"""What is too close to a gate to tell is judged over so many times the scenes."""
 _ENOUGH = 100
 _BATCH = 8
 
@@ -102,24 +102,26 @@ def measure(bundle: Path, precision: str, cases: Cases, progress: Progress) -> P
 
 
 def judge(pipeline: Pipeline, cases: Cases, progress: Progress) -> Parity:
-    """The figures of an engine over ``cases``; over more of them where the usual number cannot tell."""
+    """The figures of an engine over ``cases``; over more of them where the usual number cannot tell.
+
+    What is found over more counts, whether the gate was passed before or not.
+    """
     found = compare(pipeline, cases.first(cases.count), progress)
-    if may_be_chance(found, str(pipeline.engine["precision"])):
+    if is_close(found, str(pipeline.engine["precision"])):
         return compare(pipeline, cases.first(LARGER * cases.count), progress)
     return found
 
 
-def may_be_chance(parity: Parity, precision: str) -> bool:
-    """Whether a gate was missed by answers alone, and by at most two standard errors of their share.
+def is_close(parity: Parity, precision: str) -> bool:
+    """Whether the share of identical answers is less than two standard errors from the gate, on either side.
 
     Of an engine that gives 96 of 100 answers as the reference does, 128 scenes see less than 95 in one case
     of four. From few scenes nothing can be said at all, and those who ask for few want a quick answer.
     """
-    gate = GATES[precision]
-    if parity.passed or parity.mean_iou < gate.mean_iou or parity.scenes < _ENOUGH:
+    gate, share = GATES[precision], parity.identical_tokens
+    if parity.scenes < _ENOUGH or parity.mean_iou < gate.mean_iou:
         return False
-    error = math.sqrt(gate.identical_tokens * (1 - gate.identical_tokens) / parity.scenes)
-    return parity.identical_tokens >= gate.identical_tokens - 2 * error
+    return abs(share - gate.identical_tokens) < 2 * math.sqrt(share * (1 - share) / parity.scenes)
 
 
 def compare(pipeline: Pipeline, cases: Sequence[Case], progress: Progress) -> Parity:

@@ -316,7 +316,7 @@ def test_a_random_model_is_built_and_measured(
     fix_answers(tokenizer)
     length = tokenizer.semantic_constraint.max_tokens + tokenizer.spatial_constraint(1).max_tokens
     assert told["tokens"] == length
-    # The fixed texts come out in as many tokens as in Qwen's own vocabulary, by which these were counted.
+    # What each expression reads has as many tokens as in Qwen's own vocabulary, where these were counted.
     texts = [tokenizer.between_stages, *(tokenizer.encode(written([[123, 45, 678, 90]] * n)) for n in (1, 2))]
     assert [len(text) for text in texts] == [24, 31, 56]
     assert set(Manifest.load(root / "bundle").precisions) == {"int4"}
